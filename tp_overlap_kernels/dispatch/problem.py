@@ -1,0 +1,152 @@
+"""What is asked (Problem), what the machine and the arena allow (Topology), what will be launched (Plan).
+
+All three are plain values of Python numbers and strings. Every rank builds equal ones, so a choice made from them is
+the same on every rank without a word being exchanged. dtypes are named as torch prints them: "bfloat16", "float16".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from ..errors import InvalidInput
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# Every plan there is, by operator, the preferred ones first where nothing else decides.
+# "local" (one rank, nothing to send) and "ref" (CPU reference) belong to all operators and stand in _ANYWHERE.
+PLAN_NAMES = {
+    "gemm_all_reduce": (
+        "two_shot",
+        "one_shot",
+        "chunked",
+        "unfused_two_shot",
+        "unfused_one_shot",
+        "unfused_sentinel",
+        "unfused_symm_mem_two_shot",
+        "unfused_nccl",
+    ),
+    "gemm_reduce_scatter": ("push", "chunked", "unfused_push", "unfused_nccl"),
+    "all_reduce": ("two_shot", "one_shot", "sentinel", "nccl"),
+}
+OPS = tuple(PLAN_NAMES)
+_ANYWHERE = ("local", "ref")
+_ALL_NAMES = frozenset(name for names in PLAN_NAMES.values() for name in names) | frozenset(_ANYWHERE)
+
+PARAM_NAMES = (
+    "block_m",
+    "block_n",
+    "block_k",
+    "num_stages",
+    "num_warps",
+    "group_m",
+    "chunks",
+    "own_chunks",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call, as every rank sees it. For all_reduce: N elements, M = 1, K = 0. K is the K of one rank."""
+
+    op: str
+    M: int
+    N: int
+    K: int
+    dtype: str
+    world_size: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.op not in PLAN_NAMES:
+            raise InvalidInput(f"dispatch: unknown op {self.op!r}. Give one of {', '.join(OPS)}.")
+        if self.dtype not in ITEMSIZE:
+            raise InvalidInput(
+                f"{self.op}: dtype {self.dtype!r} is not supported. Give one of {', '.join(ITEMSIZE)}, "
+                "written as torch prints them without 'torch.'."
+            )
+        if min(self.M, self.N, self.K) < 0 or self.world_size < 1:
+            raise InvalidInput(
+                f"{self.op}: sizes must be at least 0 and world_size at least 1, "
+                f"got M={self.M}, N={self.N}, K={self.K}, world_size={self.world_size}."
+            )
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of one rank's partial, which is what it has to tell the others."""
+        return self.M * self.N * ITEMSIZE[self.dtype]
+
+    def call_hash(self) -> int:
+        """16 bits over all fields, equal in every process and never 0; it travels in each signal word.
+
+        0 is kept for "no call yet", the value of a fresh signal pad.
+        """
+        text = f"{self.op} {self.M} {self.N} {self.K} {self.dtype} {self.world_size} {int(self.bias)}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % 0xFFFF + 1
+
+    def __str__(self) -> str:
+        bias = ", bias" if self.bias else ""
+        sizes = f"{self.N} elements" if self.op == "all_reduce" else f"M={self.M} N={self.N} K={self.K}"
+        return f"{self.op} {sizes} {self.dtype}, world_size={self.world_size}{bias}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What can run here: the same value on every rank of the group (checked at init)."""
+
+    device: str  # name of the device, as the driver gives it; "cpu" on a CPU
+    backend: str  # "cuda", "interp" (Triton kernels, interpreted) or "ref" (torch on CPU)
+    world_size: int
+    ranks_per_device: int = 1
+    native: bool = False  # the CUDA library of csrc is loaded
+    one_shot_bytes: int = 0  # largest message (M*N*itemsize) that the one-shot region of the arena holds
+    sentinel_bytes: int = 0  # the same for the region of the CUDA sentinel kernel
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("cuda", "interp", "ref"):
+            raise InvalidInput(f"dispatch: unknown backend {self.backend!r}. Give one of cuda, interp, ref.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A way to run a problem: a name of PLAN_NAMES and the numbers its kernel takes.
+
+    Two plans are equal when name and params are; `why` and `us` only tell where the plan came from.
+    params are kept sorted by name, so that the order in which they were written does not matter.
+    """
+
+    name: str
+    params: tuple[tuple[str, int], ...] = ()
+    why: str = dataclasses.field(default="", compare=False)
+    us: float | None = dataclasses.field(default=None, compare=False)  # measured microseconds, where known
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", tuple(sorted(self.params)))
+
+    def get(self, param: str, default: int | None = None) -> int | None:
+        return dict(self.params).get(param, default)
+
+    def with_defaults(self, defaults: dict[str, int]) -> Plan:
+        """This plan with every parameter that it leaves open taken from `defaults`."""
+        return dataclasses.replace(self, params=tuple((defaults | dict(self.params)).items()))
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Reads `name` or `name:key=val,key=val`; the inverse of str()."""
+        name, _, tail = text.strip().partition(":")
+        if name not in _ALL_NAMES:
+            raise InvalidInput(f"plan {text!r}: unknown name {name!r}. Known are {', '.join(sorted(_ALL_NAMES))}.")
+        params: dict[str, int] = {}
+        for item in tail.split(",") if tail else ():
+            key, _, value = (part.strip() for part in item.partition("="))
+            if key not in PARAM_NAMES or not value.isdecimal() or int(value) < 1 or key in params:
+                raise InvalidInput(
+                    f"plan {text!r}: cannot read {item!r}. Write name:key=val,key=val with each key once, a whole "
+                    f"number of at least 1, and keys among {', '.join(PARAM_NAMES)}."
+                )
+            params[key] = int(value)
+        return cls(name, tuple(params.items()))
+
+    def __str__(self) -> str:
+        return self.name + (":" if self.params else "") + ",".join(f"{key}={value}" for key, value in self.params)

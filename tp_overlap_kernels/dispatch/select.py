@@ -1,0 +1,295 @@
+"""(Problem, Topology, Table) -> Plan. Pure: a function of values that all ranks share, so all ranks choose alike.
+
+Three sources, asked in this order:
+  forced  the plan that the user named; one that cannot run is an error and is never replaced
+  table   the candidates measured on this device, fastest first, for the nearest measured shape
+  rule    the rule of thumb below, where no table knows the shape
+and the first candidate that can run is taken. Every rule ends with a plan that can always run, hence `select` never
+fails for a valid problem unless a plan is forced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from ..errors import InvalidInput
+from .problem import ITEMSIZE, PLAN_NAMES, Plan, Problem, Topology
+from .table import Table
+
+KIB, MIB = 1024, 1024 * 1024
+
+# ---- thresholds of the rule of thumb: 2 and 4 x H200, NVSwitch, bf16, CUDA graphs. A table takes precedence.
+
+# Fused one-shot at decode, against the best unfused way: 8B o_proj M=16 11.8 us (16.1), 72B down M=16 62.2 us (71.4).
+ONE_SHOT_MAX_M = 64
+# ... while what a rank sends, (W-1) messages, stays small. Unfused at W=4, N=8192: one-shot ties at M=1, is 5 % behind
+# two-shot at M=16 (768 KiB sent) and 22 % at M=64 (3 MiB). W=2, M=64, N=8192 sends 1 MiB.
+ONE_SHOT_MAX_SENT_BYTES = 1 * MIB
+# Between decode and prefill cuBLAS and our all-reduce: the GEMM has too few tiles for its epilogues to hide behind.
+# First win of the fused prototype: M=1024 (72B o_proj 144 us against 155, 8B o_proj 55 against 57.5).
+UNFUSED_MAX_M = 512
+# Chunked cuBLAS, W=2 (72B o_proj: 252 us against 268 fused at M=2048, 479 against 503 at M=4096). It needs copies large
+# enough for the copy engine (a quarter of the message each; 8 MiB reach 250 GB/s, 16 MiB 350) ...
+CHUNKED_MIN_BYTES = 32 * MIB
+# ... and a GEMM well longer than the transfer, which depends on K alone: wins at K=3696 (457 us against 477), loses at
+# K=1024 (281 against 233) and at K=2048 (186 against 154).
+CHUNKED_MIN_K = 3072
+# All-reduce by itself: the sentinel kernel takes 1.4 us at 256 KiB where flags take 3.0; above, nobody measured it.
+SENTINEL_MAX_BYTES = 256 * KIB
+# One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
+# which pay two barriers; ours pays one exchange (3.0 us at 256 KiB), so the crossing is put one step higher.
+ONE_SHOT_ALL_REDUCE_MAX_BYTES = 512 * KIB
+# The interpreter has no speed to choose by: both kernels get their share of shapes, as on the device.
+INTERP_ONE_SHOT_MAX_M = 32
+INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
+
+# ---- tiles
+
+# Large M. Stock Triton on H200: within 3 % of cuBLAS on nearly the whole grid.
+TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3, "num_warps": 8, "group_m": 8}
+# The same where 128 x 256 tiles would leave SMs idle (N=4096, M=512).
+TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
+FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
+# Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
+TILES_SMALL_M = {"block_n": 64, "block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
+# Interpreter: small enough that small shapes have several tiles.
+TILES_INTERP = {"block_m": 32, "block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4, "group_m": 2}
+# Two chunks each for the peer's and the own rows: the best of 1, 2 and 4 nearly everywhere.
+CHUNKS = {"chunks": 2, "own_chunks": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was chosen and everything that was looked at; `explain` prints it."""
+
+    plan: Plan
+    source: str  # "forced", "table" or "rule"
+    candidates: tuple[tuple[Plan, str | None], ...]  # in order of preference, each with the reason why it cannot run
+
+
+def select(problem: Problem, topology: Topology, table: Table | None = None, forced: str | None = None) -> Plan:
+    """The plan for `problem`, with every kernel parameter filled in.
+
+    forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
+    the op counts ("two_shot;push" forces all three ops). Parameters left open take the defaults of this file.
+    Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
+    """
+    return decide(problem, topology, table, forced).plan
+
+
+def decide(problem: Problem, topology: Topology, table: Table | None = None, forced: str | None = None) -> Decision:
+    """`select`, with what was considered on the way."""
+    if problem.world_size != topology.world_size:
+        raise InvalidInput(
+            f"{problem.op}: the problem has world_size={problem.world_size}, "
+            f"its group world_size={topology.world_size}. Both must come from one group."
+        )
+    if forced:
+        return Decision(_forced(problem, topology, forced), "forced", ())
+    measured = table.lookup(problem) if table and topology.backend == "cuda" else []
+    looked_at = [(plan, why_not(plan, problem, topology)) for plan in measured]
+    source = "table"
+    if all(reason for _, reason in looked_at):
+        looked_at += [(plan, why_not(plan, problem, topology)) for plan in rule_of_thumb(problem, topology)]
+        source = "rule"
+    plan = next(plan for plan, reason in looked_at if reason is None)
+    return Decision(_complete(plan, problem, topology), source, tuple(looked_at))
+
+
+def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
+    """The reason why `plan` cannot run `problem` on `topology`, or None when it can."""
+    only = _only_plan(topology)
+    if plan.name == only:
+        return None
+    if plan.name in ("local", "ref"):
+        return f"it is for {'one rank' if plan.name == 'local' else 'the ref backend'}"
+    if plan.name not in PLAN_NAMES[problem.op]:
+        return f"it is not a plan of {problem.op}"
+    if only:
+        return f"{'one rank' if only == 'local' else 'the ref backend'} knows only the plan {only!r}"
+    if topology.backend == "interp" and plan.name not in _INTERPRETED:
+        return "the interpreter runs only the fused Triton kernels"
+    limit = _LIMITS.get(plan.name)
+    return limit(problem, topology) if limit else None
+
+
+def runnable(problem: Problem, topology: Topology) -> list[str]:
+    """Names of the plans that can run `problem` here."""
+    names = (*PLAN_NAMES[problem.op], "local", "ref")
+    return [name for name in names if why_not(Plan(name), problem, topology) is None]
+
+
+def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
+    """Candidates without a measurement, best guess first; the last one can always run."""
+    only = _only_plan(topology)
+    if only:
+        return [Plan(only, why="one rank has nothing to send" if only == "local" else "the CPU reference")]
+    rule = _INTERP_RULES if topology.backend == "interp" else _CUDA_RULES
+    return [Plan(name, why=why) for name, why in rule[problem.op](problem)]
+
+
+# ---- what a plan needs
+
+_INTERPRETED = ("one_shot", "two_shot", "push")
+
+
+def _only_plan(topology: Topology) -> str | None:
+    if topology.world_size == 1:
+        return "local"
+    return "ref" if topology.backend == "ref" else None
+
+
+def _exceeds(problem: Problem, region: str, capacity_bytes: int) -> str | None:
+    if problem.message_bytes <= capacity_bytes:
+        return None
+    return f"the message of {problem.message_bytes} bytes exceeds the {region} region of {capacity_bytes} bytes"
+
+
+def _one_shot_limit(problem: Problem, topology: Topology) -> str | None:
+    if problem.message_bytes <= topology.one_shot_bytes:
+        return None
+    return (
+        f"the message of {problem.message_bytes} bytes exceeds the one-shot region of {topology.one_shot_bytes} bytes"
+    )
+
+
+def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
+    if not topology.native:
+        return "the CUDA library is not loaded"
+    if ITEMSIZE[problem.dtype] != 2:
+        return f"the sentinel kernel takes bfloat16 and float16, not {problem.dtype}"
+    if problem.message_bytes <= topology.sentinel_bytes:
+        return None
+    return (
+        f"the message of {problem.message_bytes} bytes exceeds the sentinel region of {topology.sentinel_bytes} bytes"
+    )
+
+
+def _chunked_limit(problem: Problem, topology: Topology) -> str | None:
+    # With more peers their partials would have to be summed before the beta=1 of the own GEMM can add them.
+    return None if topology.world_size == 2 else f"chunked works with world_size=2, not {topology.world_size}"
+
+
+def _nccl_limit(problem: Problem, topology: Topology) -> str | None:
+    return "NCCL refuses two ranks on one device" if topology.ranks_per_device > 1 else None
+
+
+def _symm_mem_limit(problem: Problem, topology: Topology) -> str | None:
+    if problem.dtype == "float16":
+        return "torch's symmetric-memory all-reduce takes bfloat16 and float32, not float16"
+    # Each rank's share has to be whole 16-byte words; torch itself would refuse some of these sizes.
+    step = 16 * topology.world_size
+    if problem.message_bytes % step == 0:
+        return None
+    return f"the message of {problem.message_bytes} bytes is no multiple of {step}"
+
+
+_LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
+    "one_shot": _one_shot_limit,
+    "unfused_one_shot": _one_shot_limit,
+    "sentinel": _sentinel_limit,
+    "unfused_sentinel": _sentinel_limit,
+    "chunked": _chunked_limit,
+    "nccl": _nccl_limit,
+    "unfused_nccl": _nccl_limit,
+    "unfused_symm_mem_two_shot": _symm_mem_limit,
+}
+
+
+# ---- the rules. Each yields (name, why), best guess first, and ends with a plan that no limit can exclude.
+
+
+def _gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
+    sent_bytes = (problem.world_size - 1) * problem.message_bytes
+    if problem.M <= ONE_SHOT_MAX_M and sent_bytes <= ONE_SHOT_MAX_SENT_BYTES:
+        return [
+            ("one_shot", f"M <= {ONE_SHOT_MAX_M} and a rank sends at most {ONE_SHOT_MAX_SENT_BYTES} bytes"),
+            ("unfused_two_shot", "small M"),
+        ]
+    if problem.M <= UNFUSED_MAX_M:
+        return [("unfused_two_shot", f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind")]
+    return [*_chunked(problem), ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+
+
+def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
+    if problem.M <= ONE_SHOT_MAX_M:
+        return [("unfused_push", f"M <= {ONE_SHOT_MAX_M}: a tile of rows is less than a rank's share")]
+    return [*_chunked(problem), ("push", f"M > {ONE_SHOT_MAX_M}: the sum hides behind the GEMM")]
+
+
+def _chunked(problem: Problem) -> list[tuple[str, str]]:
+    if problem.message_bytes < CHUNKED_MIN_BYTES or problem.K < CHUNKED_MIN_K:
+        return []
+    return [("chunked", f"at least {CHUNKED_MIN_BYTES // MIB} MiB to move and K >= {CHUNKED_MIN_K}")]
+
+
+def _all_reduce(problem: Problem) -> list[tuple[str, str]]:
+    ways = [("two_shot", "any size")]
+    if problem.message_bytes <= ONE_SHOT_ALL_REDUCE_MAX_BYTES:
+        ways.insert(0, ("one_shot", f"at most {ONE_SHOT_ALL_REDUCE_MAX_BYTES // KIB} KiB"))
+    if problem.message_bytes <= SENTINEL_MAX_BYTES:
+        ways.insert(0, ("sentinel", f"at most {SENTINEL_MAX_BYTES // KIB} KiB"))
+    return ways
+
+
+def _interp_gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
+    two_shot = ("two_shot", "interpreter, any size")
+    if problem.M > INTERP_ONE_SHOT_MAX_M:
+        return [two_shot]
+    return [("one_shot", f"interpreter, M <= {INTERP_ONE_SHOT_MAX_M}"), two_shot]
+
+
+def _interp_all_reduce(problem: Problem) -> list[tuple[str, str]]:
+    two_shot = ("two_shot", "interpreter, any size")
+    if problem.message_bytes > INTERP_ONE_SHOT_MAX_BYTES:
+        return [two_shot]
+    return [("one_shot", f"interpreter, at most {INTERP_ONE_SHOT_MAX_BYTES // KIB} KiB"), two_shot]
+
+
+_CUDA_RULES = {
+    "gemm_all_reduce": _gemm_all_reduce,
+    "gemm_reduce_scatter": _gemm_reduce_scatter,
+    "all_reduce": _all_reduce,
+}
+_INTERP_RULES = {
+    "gemm_all_reduce": _interp_gemm_all_reduce,
+    "gemm_reduce_scatter": lambda problem: [("push", "interpreter, any size")],
+    "all_reduce": _interp_all_reduce,
+}
+
+
+# ---- filling in
+
+
+def _forced(problem: Problem, topology: Topology, forced: str) -> Plan:
+    plans = [Plan.parse(text) for text in forced.split(";")]
+    plan = next((plan for plan in plans if plan.name in PLAN_NAMES[problem.op]), plans[0])
+    reason = why_not(plan, problem, topology)
+    if reason:
+        raise InvalidInput(
+            f"{problem.op}: the forced plan {str(plan)!r} cannot run M={problem.M}, N={problem.N}, K={problem.K}, "
+            f"{problem.dtype}, world_size={problem.world_size} on backend {topology.backend!r}: {reason}. "
+            f"Force one of {', '.join(runnable(problem, topology))}, or none (force_plan(None), unset TP_OVERLAP_PLAN)."
+        )
+    return _complete(dataclasses.replace(plan, why="forced"), problem, topology)
+
+
+def _complete(plan: Plan, problem: Problem, topology: Topology) -> Plan:
+    return plan.with_defaults(default_params(plan.name, problem, topology))
+
+
+def default_params(name: str, problem: Problem, topology: Topology) -> dict[str, int]:
+    """Parameters of plan `name` where nobody gave any: the constants of this file, fitted to the shape."""
+    if name == "chunked":
+        return CHUNKS
+    if problem.op == "all_reduce" or name not in _INTERPRETED:
+        return {}
+    if topology.backend == "interp":
+        return TILES_INTERP
+    if name == "one_shot":
+        block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
+        return TILES_SMALL_M | {"block_m": block_m, "block_n": 64 if problem.N > 64 * FEW_TILES // 2 else 32}
+    large = TILES_LARGE_M
+    tiles = -(-problem.M // large["block_m"]) * -(-problem.N // large["block_n"])
+    return large if tiles >= FEW_TILES else TILES_FEW

@@ -1,0 +1,51 @@
+# Every verb does its own set-up: `make bench` and `make test` work on a fresh clone.
+#   PYTHON=python3.12 make test     another interpreter for the environment
+#   make test ARGS="-k dispatch"    arguments for pytest;  make bench ARGS="--world-size 4"  for the bench
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed
+clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
+dev_installed := $(VENV)/.dev_installed
+cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+.PHONY: help bench test lint format typecheck clean
+help:
+	@echo "make bench      check and time the ops on this machine"
+	@echo "make test       run the tests; says what was skipped and what it needed"
+	@echo "make lint       ruff and clang-format, reading only;  make format: the same, writing"
+	@echo "make typecheck  mypy"
+	@echo "make clean      remove what was built, the environment too"
+
+$(installed): pyproject.toml setup.py CMakeLists.txt scripts/make_venv.py $(cuda_sources)
+	$(PYTHON) scripts/make_venv.py $(VENV) bench,test
+	@touch $@
+
+$(dev_installed): $(installed)
+	$(PYTHON) scripts/make_venv.py $(VENV) dev
+	@touch $(installed) $@
+
+bench: $(installed)
+	$(python) -m tp_overlap_kernels.bench run $(ARGS)
+
+test: $(installed)
+	$(python) -m pytest -rs $(ARGS)
+
+lint: $(dev_installed)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(clang_format) --dry-run --Werror $(cuda_sources)
+
+format: $(dev_installed)
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+	$(clang_format) -i $(cuda_sources)
+
+typecheck: $(dev_installed)
+	$(python) -m mypy
+
+clean:
+	rm -rf $(VENV) .t36 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache tp_overlap_kernels/libtpo_kernels.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -38,13 +38,13 @@ class Explanation:
         )
 
     def _others(self) -> list[str]:
-        lines = []
-        for candidate, reason in self.decision.candidates:
-            if reason:
-                lines.append(f"  not    {candidate}{_time(candidate)}: {reason}")
-            elif candidate.name != self.plan.name or candidate.us != self.plan.us:
-                lines.append(f"  then   {candidate}{_time(candidate)}{self._slower(candidate)}")
-        return lines
+        """A line for each candidate that was not taken."""
+        excluded = [(plan, reason) for plan, reason in self.decision.candidates if reason]
+        later = [plan for plan, reason in self.decision.candidates if reason is None][1:]
+        return [
+            *(f"  not    {plan}{_time(plan)}: {reason}" for plan, reason in excluded),
+            *(f"  then   {plan}{_time(plan)}{self._slower(plan)}" for plan in later),
+        ]
 
     def _slower(self, candidate: Plan) -> str:
         if not candidate.us or not self.plan.us:
@@ -57,7 +57,7 @@ class Explanation:
         native = "with" if here.native else "without"
         return (
             f"{here.device}, backend {here.backend}{ranks}, {native} the CUDA library, "
-            f"one-shot up to {here.one_shot_bytes} bytes, sentinel up to {here.sentinel_bytes} bytes"
+            f"one-shot up to {here.one_shot_bytes // 1024} KiB, sentinel up to {here.sentinel_bytes // 1024} KiB"
         )
 
 
@@ -68,7 +68,7 @@ def explain_text(
     if table is None:
         described = "none for this device and world size: rule of thumb"
     else:
-        described = f"{table.name}, digest {table.digest()}, {len(table.entries)} entries"
+        described = f"{table.name}, digest {table.digest()}, measured problems: {len(table.entries)}"
     return Explanation(problem, topology, decide(problem, topology, table, forced), described)
 
 

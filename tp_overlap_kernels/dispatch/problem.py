@@ -113,7 +113,7 @@ class Plan:
     """A way to run a problem: a name of PLAN_NAMES and the numbers its kernel takes.
 
     Two plans are equal when name and params are; `why` and `us` only tell where the plan came from.
-    params are kept sorted by name, so that the order in which they were written does not matter.
+    params are kept in the order of PARAM_NAMES, so that the order in which they were written does not matter.
     """
 
     name: str
@@ -122,7 +122,12 @@ class Plan:
     us: float | None = dataclasses.field(default=None, compare=False)  # measured microseconds, where known
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "params", tuple(sorted(self.params)))
+        unknown = sorted({key for key, _ in self.params} - set(PARAM_NAMES))
+        if unknown:
+            raise InvalidInput(
+                f"plan {self.name!r}: unknown parameter {unknown[0]!r}. Known are {', '.join(PARAM_NAMES)}."
+            )
+        object.__setattr__(self, "params", tuple(sorted(self.params, key=lambda item: PARAM_NAMES.index(item[0]))))
 
     def get(self, param: str, default: int | None = None) -> int | None:
         return dict(self.params).get(param, default)

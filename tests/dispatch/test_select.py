@@ -1,0 +1,267 @@
+"""Choosing: which plan for which problem, on what, and why not another."""
+
+import ast
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tp_overlap_kernels.dispatch
+from tp_overlap_kernels.dispatch.problem import OPS, PLAN_NAMES, Plan, Problem, Topology
+from tp_overlap_kernels.dispatch.select import runnable, select, why_not
+from tp_overlap_kernels.dispatch.table import Entry, Table
+from tp_overlap_kernels.errors import InvalidInput
+
+MIB = 1 << 20
+
+
+def h200(world_size=2, **changes):
+    limits = {"native": True, "one_shot_bytes": 4 * MIB, "sentinel_bytes": MIB}
+    return Topology("NVIDIA H200", "cuda", world_size, **(limits | changes))
+
+
+def cpu(backend, world_size=2):
+    return Topology("cpu", backend, world_size, one_shot_bytes=MIB)
+
+
+def gemm(op, M, N=8192, K=4096, world_size=2, dtype="bfloat16"):
+    return Problem(op, M, N, K, dtype, world_size)
+
+
+def elements(n, world_size=2, dtype="bfloat16"):
+    return Problem("all_reduce", 1, n, 0, dtype, world_size)
+
+
+AR, RS = "gemm_all_reduce", "gemm_reduce_scatter"
+
+# (problem, topology, name of the plan, why)
+RULES = [
+    (gemm(AR, 1), h200(), "one_shot", "decode"),
+    (gemm(AR, 64), h200(), "one_shot", "the last M of one-shot"),
+    (gemm(AR, 65), h200(), "unfused_two_shot", "one row more"),
+    (gemm(AR, 1), h200(one_shot_bytes=1024), "unfused_two_shot", "the arena is too small for one-shot"),
+    (gemm(AR, 64, world_size=8), h200(8), "unfused_two_shot", "seven peers would each get 1 MiB"),
+    (gemm(AR, 8, world_size=8), h200(8), "one_shot", "decode on eight ranks"),
+    (gemm(AR, 512), h200(), "unfused_two_shot", "too few tiles to hide anything"),
+    (gemm(AR, 1024), h200(), "two_shot", "prefill"),
+    (gemm(AR, 2048), h200(), "chunked", "prefill with a long GEMM"),
+    (gemm(AR, 4096, K=1024), h200(), "two_shot", "the transfer is longer than the GEMM"),
+    (gemm(AR, 2048, N=4096), h200(), "two_shot", "copies too small for the copy engine"),
+    (gemm(AR, 8192, world_size=4), h200(4), "two_shot", "chunked is for two ranks"),
+    (gemm(AR, 8192, world_size=8), h200(8, native=False), "two_shot", "large M on eight ranks"),
+    (gemm(RS, 16), h200(), "unfused_push", "decode"),
+    (gemm(RS, 512), h200(), "push", "medium M"),
+    (gemm(RS, 8192), h200(), "chunked", "prefill with a long GEMM"),
+    (gemm(RS, 8192, world_size=3), h200(3), "push", "a world that divides nothing"),
+    (elements(8192), h200(), "sentinel", "decode"),
+    (elements(8192), h200(native=False), "one_shot", "no CUDA library"),
+    (elements(8192), h200(sentinel_bytes=4096), "one_shot", "the sentinel region is too small"),
+    (elements(8192, dtype="float32"), h200(), "one_shot", "sentinels are 2-byte pairs"),
+    (elements(128 * 1024), h200(), "sentinel", "exactly 256 KiB"),
+    (elements(128 * 1024 + 1), h200(), "one_shot", "one element over 256 KiB"),
+    (elements(256 * 1024), h200(), "one_shot", "exactly 512 KiB"),
+    (elements(256 * 1024 + 1), h200(), "two_shot", "one element over 512 KiB"),
+    (elements(8192), h200(native=False, one_shot_bytes=0), "two_shot", "nothing but two-shot left"),
+    (gemm(AR, 32, N=64), cpu("interp"), "one_shot", "interpreted, small"),
+    (gemm(AR, 33, N=64), cpu("interp"), "two_shot", "interpreted, one row more"),
+    (gemm(AR, 32, N=65536), cpu("interp"), "two_shot", "interpreted, too large for the arena"),
+    (gemm(RS, 4096), cpu("interp"), "push", "interpreted"),
+    (elements(8), cpu("interp"), "one_shot", "interpreted, small"),
+    (elements(MIB), cpu("interp"), "two_shot", "interpreted, large"),
+    (gemm(AR, 8192), cpu("ref"), "ref", "the CPU reference"),
+    (gemm(RS, 1), cpu("ref", 2), "ref", "the CPU reference"),
+    (elements(5, world_size=1), cpu("ref", 1), "local", "one rank"),
+    (gemm(AR, 4096, world_size=1), h200(1), "local", "one rank on a GPU"),
+    (gemm(AR, 0), h200(), "one_shot", "no rows at all"),
+    (elements(0), cpu("interp"), "one_shot", "no elements at all"),
+]
+
+
+@pytest.mark.parametrize(
+    ("problem", "topology", "name"),
+    [row[:3] for row in RULES],
+    ids=[f"{row[0].op}: {row[3]} ({index})" for index, row in enumerate(RULES)],
+)
+def test_rule_of_thumb(problem, topology, name):
+    plan = select(problem, topology)
+    assert plan.name == name
+    assert plan.why
+
+
+def test_some_plan_runs_whatever_the_problem_and_the_machine():
+    topologies = [
+        Topology("x", backend, world, ranks, native, room, room)
+        for backend in ("cuda", "interp", "ref")
+        for world in (1, 2, 3, 4, 8)
+        for ranks in (1, 2)
+        for native in (False, True)
+        for room in (0, 4096, 64 * MIB)
+    ]
+    sizes = [(0, 1, 1), (1, 1, 1), (1, 8192, 1024), (77, 1032, 328), (4099, 1032, 328), (8192, 28672, 28672)]
+    for topology, op, size, dtype in itertools.product(topologies, OPS, sizes, ("bfloat16", "float16")):
+        M, N, K = (1, size[0] * size[1], 0) if op == "all_reduce" else size
+        problem = Problem(op, M, N, K, dtype, topology.world_size)
+        plan = select(problem, topology)
+        assert why_not(plan, problem, topology) is None
+        assert plan.name in runnable(problem, topology)
+
+
+# ---- parameters
+
+
+def test_gemm_plans_come_with_all_tile_parameters():
+    needed = {"block_m", "block_n", "block_k", "num_stages", "num_warps", "group_m"}
+    for topology in (h200(), cpu("interp")):
+        for problem, name in ((gemm(AR, 16, N=256), "one_shot"), (gemm(AR, 4096), "two_shot"), (gemm(RS, 99), "push")):
+            assert set(dict(select(problem, topology, forced=name).params)) == needed
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "block_m", "block_n"),
+    [(4096, 8192, 128, 256), (512, 4096, 128, 128)],
+    ids=["large tiles", "smaller tiles where large ones leave SMs idle"],
+)
+def test_tiles_of_two_shot(M, N, block_m, block_n):
+    plan = select(gemm(AR, M, N), h200(), forced="two_shot")
+    assert (plan.get("block_m"), plan.get("block_n")) == (block_m, block_n)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "block_m", "block_n"), [(1, 8192, 16, 64), (17, 8192, 32, 64), (64, 8192, 64, 64), (16, 4096, 16, 32)]
+)
+def test_tiles_of_one_shot(M, N, block_m, block_n):
+    plan = select(gemm(AR, M, N), h200())
+    assert (plan.name, plan.get("block_m"), plan.get("block_n")) == ("one_shot", block_m, block_n)
+
+
+# ---- the table
+
+
+def table(*plans, op=AR, M=4096, N=8192, K=4096):
+    timed = tuple(Plan(p.name, p.params, us=100.0 + i) for i, p in enumerate(Plan.parse(text) for text in plans))
+    return Table("test.json", "NVIDIA H200", 2, (Entry(op, N, K, "bfloat16", M, timed),))
+
+
+def test_the_table_wins_over_the_rule_and_its_parameters_over_the_defaults():
+    plan = select(gemm(AR, 4096), h200(), table("two_shot:block_m=64,num_stages=5", "chunked"))
+    assert (plan.name, plan.us, plan.why) == ("two_shot", 100.0, "measured")
+    assert (plan.get("block_m"), plan.get("num_stages"), plan.get("block_n")) == (64, 5, 256)
+
+
+def test_a_runner_up_serves_where_the_winner_cannot_run():
+    measured = table("unfused_sentinel", "one_shot", "unfused_nccl", M=64)
+    assert select(gemm(AR, 64), h200(), measured).name == "unfused_sentinel"
+    assert select(gemm(AR, 64), h200(native=False), measured).name == "one_shot"
+    assert select(gemm(AR, 64), h200(native=False, one_shot_bytes=0), measured).name == "unfused_nccl"
+
+
+def test_the_rule_serves_where_nothing_measured_can_run():
+    measured = table("unfused_sentinel", "one_shot", M=64)
+    assert select(gemm(AR, 64), h200(native=False, one_shot_bytes=0), measured).name == "unfused_two_shot"
+
+
+def test_a_table_of_a_gpu_says_nothing_about_the_cpu():
+    assert select(gemm(AR, 4096), cpu("interp"), table("chunked")).name == "two_shot"
+    assert select(gemm(AR, 4096), cpu("ref"), table("two_shot")).name == "ref"
+
+
+def test_an_empty_table_leaves_the_rule():
+    empty = Table("empty.json", "NVIDIA H200", 2, ())
+    for problem, topology, name, _ in RULES:
+        assert select(problem, topology, empty).name == name
+
+
+def test_the_choice_does_not_depend_on_the_order_of_the_entries():
+    grid = [(op, N, M) for op in (AR, RS) for N in (4096, 8192) for M in (1, 64, 4096)]
+    names = {op: itertools.cycle(PLAN_NAMES[op]) for op in (AR, RS)}
+    entries = [Entry(op, N, 4096, "bfloat16", M, (Plan(next(names[op]), us=10.0),)) for op, N, M in grid]
+    problems = [
+        gemm(op, M, N, K) for op in (AR, RS) for M in (1, 8, 100, 9999) for N in (3000, 5793, 8192) for K in (4096, 999)
+    ]
+    first = Table("t", "NVIDIA H200", 2, tuple(entries))
+    for shuffled in (entries[::-1], entries[5:] + entries[:5], entries[1::2] + entries[::2]):
+        other = Table("t", "NVIDIA H200", 2, tuple(shuffled))
+        assert [select(p, h200(), other) for p in problems] == [select(p, h200(), first) for p in problems]
+        assert other.digest() == first.digest()
+
+
+# ---- what a machine excludes
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "topology", "reason"),
+    [
+        ("one_shot", gemm(AR, 512), h200(one_shot_bytes=MIB), "8388608 bytes exceeds the one-shot region of 1048576"),
+        ("unfused_one_shot", gemm(AR, 512), h200(one_shot_bytes=MIB), "exceeds the one-shot region"),
+        ("unfused_sentinel", gemm(AR, 512), h200(), "exceeds the sentinel region of 1048576"),
+        ("unfused_sentinel", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
+        ("sentinel", elements(64, dtype="float32"), h200(), "not float32"),
+        ("chunked", gemm(AR, 8192, world_size=4), h200(4), "world_size=2, not 4"),
+        ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
+        ("unfused_nccl", gemm(AR, 8192), h200(ranks_per_device=2), "two ranks on one device"),
+        ("nccl", elements(64), h200(ranks_per_device=2), "two ranks on one device"),
+        ("unfused_symm_mem_two_shot", gemm(AR, 8, dtype="float16"), h200(), "not float16"),
+        ("unfused_symm_mem_two_shot", gemm(AR, 1, N=8), h200(), "no multiple of 32"),
+        ("unfused_two_shot", gemm(AR, 8), cpu("interp"), "only the fused Triton kernels"),
+        ("two_shot", gemm(AR, 8), cpu("ref"), "knows only the plan 'ref'"),
+        ("two_shot", gemm(AR, 8, world_size=1), h200(1), "knows only the plan 'local'"),
+        ("ref", gemm(AR, 8), h200(), "for the ref backend"),
+        ("local", gemm(AR, 8), h200(), "for one rank"),
+        ("push", gemm(AR, 8), h200(), "not a plan of gemm_all_reduce"),
+        ("two_shot", gemm(RS, 8), h200(), "not a plan of gemm_reduce_scatter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_forced_plan_that_cannot_run_is_refused_with_the_reason_and_the_way_out(name, problem, topology, reason):
+    with pytest.raises(InvalidInput) as caught:
+        select(problem, topology, forced=name)
+    text = str(caught.value)
+    assert text.startswith(f"{problem.op}: the forced plan {name!r} cannot run") and reason in text
+    assert f"Force one of {', '.join(runnable(problem, topology))}, or none" in text
+    for way_out in runnable(problem, topology):
+        assert select(problem, topology, forced=way_out).name == way_out
+
+
+def test_a_forced_plan_is_taken_over_table_and_rule():
+    measured = table("chunked")
+    assert select(gemm(AR, 4096), h200(), measured, forced="unfused_nccl") == Plan("unfused_nccl")
+    assert select(gemm(AR, 4096), h200(), measured, forced="two_shot:block_n=64").get("block_n") == 64
+    assert select(gemm(AR, 4096), h200(), measured, forced="").name == "chunked"
+
+
+def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():
+    assert select(gemm(AR, 4096), h200(), forced="two_shot;push").name == "two_shot"
+    assert select(gemm(RS, 4096), h200(), forced="two_shot;push").name == "push"
+    assert select(elements(8), h200(), forced="two_shot;push").name == "two_shot"
+
+
+def test_a_problem_of_another_group_is_refused():
+    with pytest.raises(InvalidInput, match=r"world_size=4.*world_size=2"):
+        select(gemm(AR, 8, world_size=4), h200(2))
+
+
+# ---- purity
+
+
+def test_dispatch_imports_only_the_standard_library_and_errors():
+    allowed = set(sys.stdlib_module_names)
+    for file in Path(tp_overlap_kernels.dispatch.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, file.name
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in allowed, file.name
+            elif isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert node.module == "errors", file.name
+
+
+def test_dispatch_loads_no_triton_and_starts_no_cuda():
+    code = (
+        "import sys, tp_overlap_kernels.dispatch;"
+        "assert 'triton' not in sys.modules, 'triton was imported';"
+        "torch = sys.modules.get('torch');"
+        "assert torch is None or not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

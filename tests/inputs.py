@@ -40,7 +40,7 @@ def bias(case: Case, call: int = 0, device: str = "cpu") -> torch.Tensor:
 
 
 def tag(rank: int, world_size: int) -> int:
-    """What each element of a rank's tagged partial is, but for the sign. With base 4 no two mistakes look alike; with more
+    """What each element of a rank's tagged partial is, but for the sign. Base 4 keeps mistakes apart; with more
     than four ranks the sum would no longer be exact in bf16."""
     return (4 if world_size <= 4 else 2) ** rank
 

@@ -1,8 +1,8 @@
 """bf16 and fp8 as numpy bit patterns: numpy has neither, and Triton's interpreter treats their bits as integers.
 
-A value of these types is held as uint16 or uint8. `widen` gives the f32 that the bits stand for, exactly; `narrow` rounds
-f32 to them, to nearest even, fp8 saturating as `cvt.satfinite` does. Arithmetic in f32 followed by one `narrow` equals the
-correctly rounded bf16 operation for +, -, * and /, since 24 bits are at least twice bf16's 8 and two more.
+A value of these types is held as uint16 or uint8. `widen` gives the f32 that the bits stand for, exactly; `narrow`
+rounds f32 to them, to nearest even, fp8 saturating as `cvt.satfinite` does. Arithmetic in f32 followed by one `narrow`
+equals the correctly rounded bf16 operation for +, -, * and /, since 24 bits are at least twice bf16's 8 and two more.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ each other need it:
 Nothing is set in the environment, and kernels stay compilable: Triton's language is patched while a launch runs and
 restored when the last of those that overlap has ended. Hence compile nothing in another thread meanwhile.
 
-What it cannot show: weak memory order, the async proxy, threads of a block that pass each other, a grid that is resident.
-It leans on private names of `triton.runtime.interpreter`, so versions are gated, and tests/lang/test_interpreter.py says
-which assumption has broken when another one is tried.
+What it cannot show: weak memory order, the async proxy, threads of a block that pass each other, a grid that is not
+resident. It leans on private names of `triton.runtime.interpreter`, so versions are gated, and
+tests/lang/test_interpreter.py says which assumption has broken when another one is tried.
 """
 
 from .functions import cpu_impl, substitute

@@ -31,10 +31,10 @@ def cpu_impl(device_function: JITFunction) -> Callable[[Callable], Callable]:
         def _globaltimer_cpu():
             return as_tensor(time.monotonic_ns(), tl.int64)
 
-    It gets the call's arguments: tensors (`value_of`, `address_of` look inside), Python numbers, constexprs. Tensors that
-    it returns go back as they are; a Python int goes back as int64, a float as f32, a tuple by element. It may use `tl`,
-    and no lint watches it then: one that releases calls `program_state().check_release()`, one that synchronises the
-    block `program_state().barrier()`; one that waits does so by `poll`, or calls `pause` and looks at `stop` in its loop.
+    It gets the call's arguments: tensors (`value_of`, `address_of` look inside), Python numbers, constexprs. Tensors
+    that it returns go back as they are; a Python int goes back as int64, a float as f32, a tuple by element. It may use
+    `tl`, and no lint watches it then: one that releases calls `program_state().check_release()`, one that synchronises
+    the block `program_state().barrier()`. One that waits calls `poll`, or `pause` and `check_stop` in its own loop.
     """
 
     def register(stand_in: Callable) -> Callable:
@@ -119,8 +119,8 @@ class _WrapAssignments(ast.NodeTransformer):
 
 
 def tensor_range(start, stop=None, step=1, **_compiler_hints) -> Iterator[tl.tensor]:
-    """`range` and `tl.range`. The index is a tensor, as compiled, so that `i.to(...)` works and a constexpr use does not;
-    it has 64 bits if a bound has."""
+    """`range` and `tl.range`. The index is a tensor, as compiled: `i.to(...)` works, use as a constexpr does not. It has
+    64 bits if a bound has."""
     start, stop = (0, start) if stop is None else (start, stop)
     bounds = (start, stop, step)
     is_wide = any(isinstance(bound, tl.tensor) and bound.dtype.primitive_bitwidth == 64 for bound in bounds)

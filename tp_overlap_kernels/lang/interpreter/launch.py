@@ -29,10 +29,10 @@ _LAUNCH_OPTIONS = frozenset(
 def interpret(kernel: JITFunction, grid: Any, *args: Any, **kwargs: Any) -> None:
     """Runs `kernel[grid](*args, **kwargs)` on CPU tensors; returns when all programs have ended.
 
-    grid: up to three ints, one int, or a function of the bound arguments. Tensors are passed as pointers, whatever their
-    strides; an int may be an address; num_warps and the like have no effect. If programs fail, the first failure is raised
-    as it is, with a note that names the program, and the others end with Aborted at their next wait. Several threads may
-    call this at once, each being a rank.
+    grid: up to three ints, one int, or a function of the bound arguments. Tensors are passed as pointers, whatever
+    their strides; an int may be an address; num_warps and the like have no effect. If programs fail, the first failure
+    is raised as it is, with a note that names the program, and the others end with Aborted at their next wait. Several
+    threads may call this at once, each being a rank.
     """
     _refuse_unknown_triton()
     python = as_python(kernel.fn)

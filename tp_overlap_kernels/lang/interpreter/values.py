@@ -33,7 +33,7 @@ def value_of(x: Any) -> Any:
 
 
 def address_of(pointer: Any) -> Any:
-    """The address in a pointer, or in an int64 that holds one; the array (uint64) of addresses in a tile of pointers."""
+    """The address in a pointer, or in an int64 that holds one; the uint64 array of those in a tile of pointers."""
     address = value_of(pointer)
     return address.astype(np.uint64) if isinstance(address, np.ndarray) else int(address)
 

@@ -1,8 +1,8 @@
 /* The whole C interface of libtpo_kernels.so. Plain C types; pointers and sizes are trusted: the ops check them.
  *
- * Launchers return a cudaError_t as int, 0 for success; tpo_error_string() names it. They enqueue on `cuda_stream` of the
- * calling thread's current device, allocate nothing, synchronise nothing, and may be captured in a CUDA graph.
- * The structs below are mirrored in tp_overlap_kernels/native.py: a change to any of them raises TPO_ABI_VERSION in both.
+ * Launchers return a cudaError_t as int, 0 for success; tpo_error_string() names it. They enqueue on `cuda_stream` of
+ * the calling thread's current device, allocate nothing, synchronise nothing, and may be captured in a CUDA graph.
+ * The structs below are mirrored in Python, beside each launcher: a change to any raises TPO_ABI_VERSION in both.
  */
 #pragma once
 
@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-/* One symmetric arena of a group, and one call on it; the protocol is told in kernels/all_reduce_one_shot_sentinel.cu. */
+/* One symmetric arena of a group, and one call on it; the protocol: kernels/all_reduce_one_shot_sentinel.cu. */
 typedef struct TpoAllReduceArgs {
   const void* x;             /* n_elems elements of this rank */
   void* out;                 /* n_elems elements, the sum over ranks; may be x itself, must not overlap it otherwise */
@@ -25,28 +25,29 @@ typedef struct TpoAllReduceArgs {
   int64_t sentinel_offset;   /* arena: 3 buffers x world_size slots of sentinel_bytes, all words 0x80008000 at first */
   int64_t sentinel_bytes;    /* one slot; a multiple of 16 */
   int64_t header_offset;     /* arena: word of source s and parity p at header_offset + (p * world_size + s) * 8 */
-  int64_t done_offset;       /* arena: word of source s at done_offset + s * 8 */
+  int64_t done_offset;       /* arena: word of source s, epoch << 16, at done_offset + s * 8 */
   int64_t timeout_ns;        /* how long a wait may last; 0: for ever */
   int64_t call_hash;         /* 16 bits; equal on all ranks if they call the same thing */
   int32_t rank;
-  int32_t world_size;        /* 1..8 */
-  int32_t dtype;             /* 0 bf16, 1 fp16 */
-  int32_t grid;              /* blocks; 0: chosen by n_elems. Ranks may differ in it. */
+  int32_t world_size;   /* 1..8 */
+  int32_t dtype;        /* 0 bf16, 1 fp16 */
+  int32_t data_threads; /* of a block, one vector of 16 bytes each: a multiple of 32 up to 512; 0: chosen */
 } TpoAllReduceArgs;
 
 /* Indices into `control`, which starts as zeros. */
 enum TpoControl {
-  TPO_CONTROL_EPOCH = 0,          /* number of the last call of the group on this rank, whatever its kernel */
-  TPO_CONTROL_ARRIVED = 1,        /* blocks of the running call that have read the words here; 0 between calls */
-  TPO_CONTROL_SENTINEL_CALLS = 2, /* how many of the calls were of the sentinel kernel */
-  TPO_CONTROL_SENTINEL_BYTES = 3, /* bytes a slot held in the previous one of them */
-  TPO_CONTROL_FAILED = 4          /* not 0: every wait ends at once, outputs are NaN */
+  TPO_CONTROL_EPOCH = 0,           /* number of the last call of the group on this rank, whatever its kernel */
+  TPO_CONTROL_ARRIVED = 1,         /* blocks of the running call that have read the words here; 0 between calls */
+  TPO_CONTROL_SENTINEL_BUFFER = 2, /* buffer of the next call of the sentinel kernel: 0, 1, 2, 0, ... */
+  TPO_CONTROL_SENTINEL_BYTES = 3,  /* bytes a slot held in the previous one */
+  TPO_CONTROL_FAILED = 4,          /* not 0: every wait ends at once, outputs are NaN */
+  TPO_CONTROL_REPORTER = 5         /* 0 until one thread has taken it upon itself to write the record */
 };
 
 /* Indices into `record`, which starts as zeros. */
 enum TpoRecord {
   TPO_RECORD_ABORT = 0, /* written by the host: not 0 ends all waits */
-  TPO_RECORD_STATE = 1, /* 0 nothing, 1 being written, 2 complete */
+  TPO_RECORD_STATE = 1, /* 0 nothing, 2 complete */
   TPO_RECORD_CODE = 2,  /* TpoFailure */
   TPO_RECORD_OP = 3,    /* 1 gemm_all_reduce, 2 gemm_reduce_scatter, 3 all_reduce */
   TPO_RECORD_RANK = 4,

@@ -1,0 +1,107 @@
+// Signals between ranks: loads and stores whose names say order and scope, waits that end, failures that are told.
+//
+// A slot is a 64-bit word in symmetric memory, epoch << 16 | call hash; it only grows. As in lang/signal.py.
+// The ordered form has the short name; what is relaxed says so, and its caller says why nothing else need be seen.
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+
+namespace tpo {
+
+enum Status {
+  kOk = 0,
+  kTimeout = TPO_FAILURE_TIMEOUT,
+  kMismatch = TPO_FAILURE_MISMATCH,
+  kAborted = TPO_FAILURE_ABORTED
+};
+
+// Raise a slot, release, system scope: whoever acquires it sees all that this thread has stored or seen.
+__device__ __forceinline__ void notify(int64_t* slot, int64_t word) {
+  asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(slot), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ void notify_relaxed(int64_t* slot, int64_t word) {
+  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(slot), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ int64_t peek_relaxed(const int64_t* slot) {
+  int64_t word;
+  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(slot) : "memory");
+  return word;
+}
+
+// Words that only this device writes.
+__device__ __forceinline__ int64_t local_peek_relaxed(const int64_t* word) {
+  int64_t value;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void local_poke_relaxed(int64_t* word, int64_t value) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+// Returns the count before this arrival. Orders nothing else.
+__device__ __forceinline__ int64_t count_arrival_relaxed(int64_t* counter) {
+  int64_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ int64_t call_word(int64_t epoch, int64_t call_hash) { return epoch << 16 | call_hash; }
+
+// How long a thread goes on polling. It looks at the clock and at the words that end a wait (one of them in host
+// memory, a microsecond away) after 512 polls and then every 1024: a wait of the usual length pays for neither.
+// All of it is inlined: a call would move the counter from a register to the stack.
+class Patience {
+ public:
+  __device__ Patience(const int64_t* control, const int64_t* record, int64_t timeout_ns)
+      : control_(control), record_(record), timeout_ns_(timeout_ns) {}
+
+  // To be asked after each poll that found nothing: kOk means poll again.
+  __device__ __forceinline__ Status spent() { return (++polls_ & 1023) == 512 ? look() : kOk; }
+
+ private:
+  __device__ __forceinline__ Status look() {
+    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED) || peek_relaxed(record_ + TPO_RECORD_ABORT)) return kAborted;
+    int64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));  // nanoseconds; clock64 would follow the SM clock
+    if (started_ == 0) started_ = now;
+    return timeout_ns_ != 0 && now - started_ > timeout_ns_ ? kTimeout : kOk;
+  }
+
+  const int64_t* control_;
+  const int64_t* record_;
+  int64_t timeout_ns_;
+  int64_t started_ = 0;
+  uint32_t polls_ = 0;
+};
+
+// Who waited for whom, where, for what.
+struct Waiter {
+  int64_t op, rank, peer, tile, wanted, seen;
+};
+
+// Mark the group as failed; the first thread to come here also describes its wait in the record, for the host to read.
+__device__ __forceinline__ void report_failure(int64_t* control, int64_t* record, Status status, Waiter who) {
+  unsigned long long taken;
+  asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], 0, 1;"
+               : "=l"(taken)
+               : "l"(control + TPO_CONTROL_REPORTER)
+               : "memory");
+  if (taken == 0) {
+    notify_relaxed(record + TPO_RECORD_CODE, status);
+    notify_relaxed(record + TPO_RECORD_OP, who.op);
+    notify_relaxed(record + TPO_RECORD_RANK, who.rank);
+    notify_relaxed(record + TPO_RECORD_PEER, who.peer);
+    notify_relaxed(record + TPO_RECORD_TILE, who.tile);
+    notify_relaxed(record + TPO_RECORD_WANTED, who.wanted);
+    notify_relaxed(record + TPO_RECORD_SEEN, who.seen);
+    notify(record + TPO_RECORD_STATE, 2);
+  }
+  local_poke_relaxed(control + TPO_CONTROL_FAILED, 1);
+}
+
+}  // namespace tpo

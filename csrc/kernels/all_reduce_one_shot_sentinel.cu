@@ -1,0 +1,271 @@
+// One-shot all-reduce without flags: each rank pushes its elements to every peer, and the data says by itself that it
+// came.
+//
+//     out[n] = sum over r of  x_r[n]
+//
+// x, out: n elements, bf16 or fp16, any alignment, any n; out may be x. Every rank gets the same out.
+// Rounding: ranks are added in order 0..W-1 in f32, the own one at its place among them; one rounding at the end. All
+//   ranks therefore hold the same bits. An element that is -0.0 counts as +0.0.
+// Bytes: a rank sends (W-1) * 2n. Meant for small n, where latency rules: no flag travels behind the data, and no
+// fence.
+//
+//     rank 0                                          rank 1                                          time
+//     announce e to 1 (header)                        announce e to 0 (header)                         |
+//     push x to slot 0 of buffer i%3 at 1             push x to slot 1 of buffer i%3 at 0              v
+//     clear own buffer (i-1)%3                        clear own buffer (i-1)%3
+//     poll own slot 1 until no word is a sentinel     poll own slot 0 until no word is a sentinel
+//     add x and slot 1, store out                     add slot 0 and x, store out
+//
+// e is the number of the call in its group, i the number of the call of this kernel; both live on the device, since a
+// captured integer would replay as old.
+//
+// Fresh (no one reads too early). A slot is full of the word 0x80008000, two negative zeros, before data comes; data
+// never
+//   holds that word. Each 32-bit word of a 16-byte access is written and read whole, so a word that is not the sentinel
+//   is this call's data, whatever the order of arrival. Nothing else need be seen, hence relaxed accesses and no fence.
+// Reuse (no one overwrites too early, no one takes old data for new). Buffer b = i%3 is written and read in call i,
+// cleared
+//   by its owner in call i+1, and written again by a peer in call i+3. A peer enters call i+3 only after its call i+2
+//   ended; that took our data of call i+2, which we push only after our call i+1 ended, and with it the clearing: two
+//   kernels on one stream do not overlap. Two buffers are not enough: a peer in call i+2 may already write while we, in
+//   i+1, still clear. Our call i+1 clears as many bytes as call i wrote, which is remembered on the device, since
+//   shapes change. The header words alternate by parity, as a peer enters call e+2 only after our call e has ended.
+// Live (no one waits for ever). A block pushes all it has before it waits, and blocks start in order on every rank, so
+// the
+//   lowest unfinished block anywhere gets its data. All waits are bounded by a Patience. A block stores no sum before
+//   every peer's header has come and agrees about what is called: a rank that calls something else is named, and the
+//   outputs are NaN. Ranks whose data_threads differ need the whole grid resident: 256 KiB are 64 blocks of 288
+//   threads.
+//
+// `done` (what lets peers overwrite, in later calls, what we have read in this one or before) is raised at the start:
+// earlier calls have ended, and this one reads nothing from the arena but the sentinel region, which protects itself.
+#include <cuda_runtime.h>
+
+#include "api.h"
+#include "tpo/signal.cuh"
+#include "tpo/vec.cuh"
+
+namespace tpo {
+namespace {
+
+constexpr int kMaxWorld = 8;
+constexpr int kBuffers = 3;
+constexpr int kWatchers = 32;      // one warp a block speaks with the peers about the call; all other threads move data
+constexpr int kDataThreads = 256;  // unless the caller knows better
+constexpr int kMaxDataThreads = 512;
+constexpr int64_t kOpAllReduce = 3;  // in the record
+
+// The parameters are TpoAllReduceArgs (api.h), as they came. This is what each call reads from device memory.
+struct Call {
+  int64_t base[kMaxWorld];  // arena of each rank
+  int64_t epoch;            // of this call
+  int32_t stale_vecs;       // vectors that peers wrote to each slot of buffer (i - 1) % 3 in the previous call
+  int32_t buffer;           // that peers write in this call: i % 3
+  int32_t failed;           // not 0: the group has failed before; touch no peer
+};
+
+__device__ __forceinline__ int data_threads() { return blockDim.x - kWatchers; }
+__device__ __forceinline__ bool is_watcher() { return threadIdx.x < kWatchers; }
+__host__ __device__ __forceinline__ int vecs_of(int64_t n_elems) {
+  return static_cast<int>((n_elems + kVecElems - 1) / kVecElems);  // a slot is far smaller than 32 GiB
+}
+
+__device__ __forceinline__ char* slot(const TpoAllReduceArgs& args, int64_t base, int buffer, int source) {
+  return reinterpret_cast<char*>(base) + args.sentinel_offset +
+         static_cast<int64_t>(buffer * args.world_size + source) * args.sentinel_bytes;
+}
+
+__device__ __forceinline__ int64_t* header(const TpoAllReduceArgs& args, int64_t base, int64_t epoch, int source) {
+  return reinterpret_cast<int64_t*>(base + args.header_offset) + (epoch & 1) * args.world_size + source;
+}
+
+// ---- phases of the watching warp ----------------------------------------------------------------------------------
+
+// Lane r fetches what concerns rank r, lane 0 the rest; all loads are in flight together.
+__device__ __forceinline__ void read_call(const TpoAllReduceArgs& args, Call* call) {
+  const int lane = threadIdx.x;
+  const int64_t base = lane < args.world_size ? local_peek_relaxed(args.base_table + lane) : 0;
+  if (lane == 0) {
+    const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH);
+    const int64_t buffer = local_peek_relaxed(args.control + TPO_CONTROL_SENTINEL_BUFFER);
+    const int64_t stale_bytes = local_peek_relaxed(args.control + TPO_CONTROL_SENTINEL_BYTES);
+    const int64_t failed = local_peek_relaxed(args.control + TPO_CONTROL_FAILED);
+    call->epoch = epoch + 1;
+    call->stale_vecs = static_cast<int32_t>(stale_bytes / kVecBytes);
+    call->buffer = static_cast<int32_t>(buffer);
+    call->failed = failed != 0;
+  }
+  if (lane < args.world_size) call->base[lane] = base;
+}
+
+// Tell `peer` which call this is, and that whatever we read in earlier calls may be overwritten.
+__device__ __forceinline__ void announce(const TpoAllReduceArgs& args, const Call& call, int peer) {
+  const int64_t base = call.base[peer];
+  // relaxed: the header is about the call and publishes no data
+  notify_relaxed(header(args, base, call.epoch, args.rank), call_word(call.epoch, args.call_hash));
+  // relaxed: the kernels before this one have ended, so their loads have returned, and there is nothing left to order
+  notify_relaxed(reinterpret_cast<int64_t*>(base + args.done_offset) + args.rank, call_word(call.epoch, 0));
+}
+
+// Wait for the header of `peer`, and see whether it calls what we call.
+__device__ __forceinline__ Status await_header(const TpoAllReduceArgs& args, const Call& call, int peer) {
+  const int64_t* own = header(args, call.base[args.rank], call.epoch, peer);
+  const int64_t wanted = call_word(call.epoch, args.call_hash);
+  Patience patience(args.control, args.record, args.timeout_ns);
+  Status status = kOk;
+  int64_t seen = peek_relaxed(own);
+  while (seen >> 16 < call.epoch && (status = patience.spent()) == kOk) seen = peek_relaxed(own);
+  if (status == kOk && seen >> 16 == call.epoch && seen != wanted) status = kMismatch;
+  if (status != kOk) {
+    report_failure(args.control, args.record, status, Waiter{kOpAllReduce, args.rank, peer, blockIdx.x, wanted, seen});
+  }
+  return status;
+}
+
+// Leave the words as the next call on this rank wants them; it cannot start before we end.
+__device__ __forceinline__ void advance(const TpoAllReduceArgs& args, const Call& call) {
+  local_poke_relaxed(args.control + TPO_CONTROL_ARRIVED, 0);
+  local_poke_relaxed(args.control + TPO_CONTROL_SENTINEL_BUFFER, (call.buffer + 1) % kBuffers);
+  local_poke_relaxed(args.control + TPO_CONTROL_SENTINEL_BYTES, int64_t{kVecBytes} * vecs_of(args.n_elems));
+  local_poke_relaxed(args.control + TPO_CONTROL_EPOCH, call.epoch);
+}
+
+// Lane r of the warp speaks with rank r. Every block hears the peers' headers, block 0 alone sends ours.
+__device__ __forceinline__ Status watch(const TpoAllReduceArgs& args, const Call& call) {
+  const int peer = threadIdx.x;
+  const bool is_peer = peer < args.world_size && peer != args.rank && !call.failed;
+  if (is_peer && blockIdx.x == 0) announce(args, call, peer);
+  // Blocks are counted once they have read the call: the last one may advance it. Relaxed, because the words have left
+  // memory here. Asked for before the wait and looked at after it, so that the two latencies lie beside each other.
+  int64_t arrived_before = 0;
+  if (peer == args.rank) arrived_before = count_arrival_relaxed(args.control + TPO_CONTROL_ARRIVED);
+  const Status status = is_peer ? await_header(args, call, peer) : kOk;
+  if (peer == args.rank && arrived_before == gridDim.x - 1) advance(args, call);
+  return call.failed ? kAborted : status;
+}
+
+// ---- phases of the data threads: each owns the vector of its index ------------------------------------------------
+
+__device__ __forceinline__ int own_index() { return blockIdx.x * data_threads() + threadIdx.x - kWatchers; }
+
+// Send the vector to our slot at every peer, the next rank first, so that ranks do not all hit the same one.
+template <int kWorld>
+__device__ __forceinline__ void push(const TpoAllReduceArgs& args, const Call& call, int index, Vec own) {
+#pragma unroll
+  for (int turn = 1; turn < kWorld; ++turn) {
+    const int peer = (args.rank + turn) % kWorld;
+    push_relaxed(slot(args, call.base[peer], call.buffer, args.rank) + int64_t{kVecBytes} * index, own);
+  }
+}
+
+// Fill what peers wrote in the previous call with sentinels again. Our own slot is never written.
+template <int kWorld>
+__device__ __forceinline__ void clear_stale(const TpoAllReduceArgs& args, const Call& call) {
+  const int stale_buffer = (call.buffer + kBuffers - 1) % kBuffers;
+  const int stride = gridDim.x * data_threads();
+  for (int index = own_index(); index < call.stale_vecs; index += stride) {
+#pragma unroll
+    for (int turn = 1; turn < kWorld; ++turn) {
+      const int source = (args.rank + turn) % kWorld;
+      put(slot(args, call.base[args.rank], stale_buffer, source) + int64_t{kVecBytes} * index, splat(kSentinel));
+    }
+  }
+}
+
+// Wait until the vector has come from every peer, and add: *total is right if the status is kOk.
+template <typename Element, int kWorld>
+__device__ __forceinline__ Status receive_and_add(const TpoAllReduceArgs& args, const Call& call, int index, Vec own,
+                                                  Vec* total) {
+  const char* slots = slot(args, call.base[args.rank], call.buffer, 0) + int64_t{kVecBytes} * index;
+  Patience patience(args.control, args.record, args.timeout_ns);
+  Vec from[kWorld];
+  for (;;) {
+    int missing = -1;
+#pragma unroll
+    for (int r = 0; r < kWorld; ++r) from[r] = r == args.rank ? own : poll_relaxed(slots + r * args.sentinel_bytes);
+#pragma unroll
+    for (int r = 0; r < kWorld; ++r) missing = holds_sentinel(from[r]) ? r : missing;
+    if (missing < 0) break;
+    if (const Status status = patience.spent(); status != kOk) {
+      const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, missing));
+      report_failure(args.control, args.record, status,
+                     Waiter{kOpAllReduce, args.rank, missing, blockIdx.x, call_word(call.epoch, args.call_hash), seen});
+      return status;
+    }
+  }
+  *total = sum_vecs<Element, kWorld>(from);
+  return kOk;
+}
+
+// ---- the kernel ---------------------------------------------------------------------------------------------------
+
+template <typename Element, int kWorld>
+__global__ void __launch_bounds__(kMaxDataThreads + kWatchers)
+    all_reduce_one_shot_sentinel(const __grid_constant__ TpoAllReduceArgs args) {
+  __shared__ Call call;
+  const int index = own_index();
+  const bool has_data = !is_watcher() && index < vecs_of(args.n_elems);
+
+  // 0. fetch: x and the call's words come in one memory latency
+  Vec own = splat(0);
+  if (is_watcher()) read_call(args, &call);
+  if (has_data) own = without_negative_zero(load_vec(args.x, index, args.n_elems));
+  __syncthreads();
+
+  Status status = kOk;
+  Vec total = splat(kNan);
+  if (is_watcher()) {
+    status = watch(args, call);
+  } else if (!call.failed) {
+    // 1. push, then 2. clear while the data travels, then 3. receive and add
+    if (has_data) push<kWorld>(args, call, index, own);
+    clear_stale<kWorld>(args, call);
+    if (has_data) status = receive_and_add<Element, kWorld>(args, call, index, own, &total);
+  }
+  // 4. store, once the headers are known to agree too
+  const bool agreed = __syncthreads_and(status == kOk);
+  if (has_data) store_vec(args.out, index, args.n_elems, agreed ? total : splat(kNan));
+}
+
+// ---- the launcher -------------------------------------------------------------------------------------------------
+
+using Kernel = void (*)(TpoAllReduceArgs);
+
+template <typename Element>
+Kernel kernel_for(int world_size) {
+  static constexpr Kernel kernels[kMaxWorld] = {
+      all_reduce_one_shot_sentinel<Element, 1>, all_reduce_one_shot_sentinel<Element, 2>,
+      all_reduce_one_shot_sentinel<Element, 3>, all_reduce_one_shot_sentinel<Element, 4>,
+      all_reduce_one_shot_sentinel<Element, 5>, all_reduce_one_shot_sentinel<Element, 6>,
+      all_reduce_one_shot_sentinel<Element, 7>, all_reduce_one_shot_sentinel<Element, 8>};
+  return kernels[world_size - 1];
+}
+
+}  // namespace
+}  // namespace tpo
+
+#pragma GCC visibility push(default)
+
+extern "C" int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream) {
+  using namespace tpo;
+  const int threads = args->data_threads ? args->data_threads : kDataThreads;
+  const bool fits =
+      args->n_elems >= 0 && args->n_elems <= args->sentinel_bytes / 2 && args->sentinel_bytes % kVecBytes == 0;
+  const bool known = args->world_size >= 1 && args->world_size <= kMaxWorld && args->rank >= 0 &&
+                     args->rank < args->world_size && (args->dtype == 0 || args->dtype == 1);
+  const bool shaped = threads > 0 && threads <= kMaxDataThreads && threads % 32 == 0;
+  if (!fits || !known || !shaped) return cudaErrorInvalidValue;
+  if (args->n_elems == 0) return cudaSuccess;
+  const Kernel kernel = args->dtype == 0 ? kernel_for<Bf16>(args->world_size) : kernel_for<Fp16>(args->world_size);
+  const dim3 blocks((vecs_of(args->n_elems) + threads - 1) / threads);
+  void* parameters[] = {const_cast<TpoAllReduceArgs*>(args)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads + kWatchers), parameters, 0,
+                          static_cast<cudaStream_t>(cuda_stream));
+}
+
+extern "C" int tpo_runs_on_current_device(void) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(tpo::kernel_for<tpo::Bf16>(1)));
+}
+
+#pragma GCC visibility pop

@@ -13,6 +13,7 @@ from tp_overlap_kernels.dispatch.problem import OPS, PLAN_NAMES, Plan, Problem, 
 from tp_overlap_kernels.dispatch.select import runnable, select, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
 from tp_overlap_kernels.errors import InvalidInput
+from tp_overlap_kernels.memory.layout import pitch
 
 MIB = 1 << 20
 
@@ -44,6 +45,8 @@ RULES = [
     (gemm(AR, 1), h200(one_shot_bytes=1024), "unfused_two_shot", "the arena is too small for one-shot"),
     (gemm(AR, 64, world_size=8), h200(8), "unfused_two_shot", "seven peers would each get 1 MiB"),
     (gemm(AR, 8, world_size=8), h200(8), "one_shot", "decode on eight ranks"),
+    (gemm(AR, 2, N=1000), h200(one_shot_bytes=4032), "one_shot", "rows of 1000 take 1008 in the arena"),
+    (gemm(AR, 2, N=1000), h200(one_shot_bytes=4031), "unfused_two_shot", "rows of 1000 do not fit, 4000 bytes would"),
     (gemm(AR, 512), h200(), "unfused_two_shot", "too few tiles to hide anything"),
     (gemm(AR, 1024), h200(), "two_shot", "prefill"),
     (gemm(AR, 2048), h200(), "chunked", "prefill with a long GEMM"),
@@ -129,7 +132,8 @@ def test_tiles_of_two_shot(M, N, block_m, block_n):
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "block_m", "block_n"), [(1, 8192, 16, 64), (17, 8192, 32, 64), (64, 8192, 64, 64), (16, 4096, 16, 32)]
+    ("M", "N", "block_m", "block_n"),
+    [(1, 8192, 16, 64), (17, 8192, 32, 64), (64, 8192, 64, 64), (16, 4096, 16, 32), (1, 152064, 16, 128)],
 )
 def test_tiles_of_one_shot(M, N, block_m, block_n):
     plan = select(gemm(AR, M, N), h200())
@@ -240,6 +244,14 @@ def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():
 def test_a_problem_of_another_group_is_refused():
     with pytest.raises(InvalidInput, match=r"world_size=4.*world_size=2"):
         select(gemm(AR, 8, world_size=4), h200(2))
+
+
+# ---- agreement with the arena
+
+
+def test_rows_in_the_arena_are_as_wide_as_the_arena_makes_them():
+    for N in (1, 15, 16, 17, 1000, 8192):
+        assert gemm(AR, 3, N=N).arena_bytes == 3 * pitch(N) * 2
 
 
 # ---- purity

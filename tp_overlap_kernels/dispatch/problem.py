@@ -12,6 +12,7 @@ import hashlib
 from ..errors import InvalidInput
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+PITCH_ELEMS = 16  # rows of partials in the arena start at multiples of this many elements, as memory.layout has it
 
 # Every plan there is, by operator, the preferred ones first where nothing else decides.
 # "local" (one rank, nothing to send) and "ref" (CPU reference) belong to all operators and stand in _ANYWHERE.
@@ -76,6 +77,11 @@ class Problem:
         """Bytes of one rank's partial, which is what it has to tell the others."""
         return self.M * self.N * ITEMSIZE[self.dtype]
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes that the same partial takes in the arena."""
+        return self.M * -(-self.N // PITCH_ELEMS) * PITCH_ELEMS * ITEMSIZE[self.dtype]
+
     def call_hash(self) -> int:
         """16 bits over all fields, equal in every process and never 0; it travels in each signal word.
 
@@ -100,8 +106,8 @@ class Topology:
     world_size: int
     ranks_per_device: int = 1
     native: bool = False  # the CUDA library of csrc is loaded
-    one_shot_bytes: int = 0  # largest message (M*N*itemsize) that the one-shot region of the arena holds
-    sentinel_bytes: int = 0  # the same for the region of the CUDA sentinel kernel
+    one_shot_bytes: int = 0  # largest message (arena_bytes of a problem) that the one-shot region of the arena holds
+    sentinel_bytes: int = 0  # largest message (message_bytes) of the CUDA sentinel kernel
 
     def __post_init__(self) -> None:
         if self.backend not in ("cuda", "interp", "ref"):

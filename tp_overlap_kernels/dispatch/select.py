@@ -52,7 +52,7 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
-TILES_SMALL_M = {"block_n": 64, "block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
+TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
 # Interpreter: small enough that small shapes have several tiles.
 TILES_INTERP = {"block_m": 32, "block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4, "group_m": 2}
 # Two chunks each for the peer's and the own rows: the best of 1, 2 and 4 nearly everywhere.
@@ -140,18 +140,14 @@ def _only_plan(topology: Topology) -> str | None:
     return "ref" if topology.backend == "ref" else None
 
 
-def _exceeds(problem: Problem, region: str, capacity_bytes: int) -> str | None:
-    if problem.message_bytes <= capacity_bytes:
+def _exceeds(needed_bytes: int, region: str, capacity_bytes: int) -> str | None:
+    if needed_bytes <= capacity_bytes:
         return None
-    return f"the message of {problem.message_bytes} bytes exceeds the {region} region of {capacity_bytes} bytes"
+    return f"the message of {needed_bytes} bytes exceeds the {region} region of {capacity_bytes} bytes"
 
 
 def _one_shot_limit(problem: Problem, topology: Topology) -> str | None:
-    if problem.message_bytes <= topology.one_shot_bytes:
-        return None
-    return (
-        f"the message of {problem.message_bytes} bytes exceeds the one-shot region of {topology.one_shot_bytes} bytes"
-    )
+    return _exceeds(problem.arena_bytes, "one-shot", topology.one_shot_bytes)
 
 
 def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
@@ -159,11 +155,7 @@ def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
         return f"the sentinel kernel takes bfloat16 and float16, not {problem.dtype}"
-    if problem.message_bytes <= topology.sentinel_bytes:
-        return None
-    return (
-        f"the message of {problem.message_bytes} bytes exceeds the sentinel region of {topology.sentinel_bytes} bytes"
-    )
+    return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
 
 
 def _chunked_limit(problem: Problem, topology: Topology) -> str | None:
@@ -289,7 +281,9 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
         return TILES_INTERP
     if name == "one_shot":
         block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
-        return TILES_SMALL_M | {"block_m": block_m, "block_n": 64 if problem.N > 64 * FEW_TILES // 2 else 32}
+        # 128 for a vocabulary: the one-shot pad has flags for 2048 tiles.
+        block_n = 32 if problem.N <= 4096 else 64 if problem.N <= 65536 else 128
+        return TILES_SMALL_M | {"block_m": block_m, "block_n": block_n}
     large = TILES_LARGE_M
     tiles = -(-problem.M // large["block_m"]) * -(-problem.N // large["block_n"])
     return large if tiles >= FEW_TILES else TILES_FEW

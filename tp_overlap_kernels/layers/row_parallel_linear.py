@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import ops  # noqa: F401 - registers torch.ops.tp_overlap
 from ..errors import InvalidInput
-from . import routing, unfused
+from . import collectives, routing
 from .loading import ColumnLoader
 
 
@@ -100,7 +100,7 @@ class RowParallelLinear(nn.Module):
         """
         self._refuse_bad_input(x)
         if not self.input_is_parallel:
-            x = unfused.own_columns(x, self.group_name, self.tp_rank, self.tp_size)
+            x = collectives.own_columns(x, self.group_name, self.tp_rank, self.tp_size)
         if self.skip_bias_add:
             return self._output(x, None), self.bias
         return self._output(x, self.bias)
@@ -115,9 +115,9 @@ class RowParallelLinear(nn.Module):
         partial = F.linear(x, self.weight)
         if self.scatter:
             rows = partial.reshape(-1, self.out_features)
-            output = unfused.reduce_scatter_rows(rows, self.group_name, self.tp_rank, self.tp_size)
+            output = collectives.reduce_scatter_rows(rows, self.group_name, self.tp_rank, self.tp_size)
         else:
-            output = unfused.all_reduce(partial, self.group_name)
+            output = collectives.all_reduce(partial, self.group_name)
         return output if bias is None else output + bias
 
     def _fuses(self, x: Tensor, bias: Tensor | None) -> bool:

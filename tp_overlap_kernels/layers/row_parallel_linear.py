@@ -98,21 +98,22 @@ class RowParallelLinear(nn.Module):
         Returns the output, fresh and aliasing nothing: [..., out_features], or [rows, out_features] with scatter;
         with skip_bias_add a pair, (output, bias).
         """
-        self._refuse_bad_input(x)
+        weight, bias = self.weight, self.bias  # looked up once: nn.Module takes 0.5 us for each
+        self._refuse_bad_input(x, weight)
         if not self.input_is_parallel:
             x = collectives.own_columns(x, self.group_name, self.tp_rank, self.tp_size)
         if self.skip_bias_add:
-            return self._output(x, None), self.bias
-        return self._output(x, self.bias)
+            return self._output(x, weight, None), bias
+        return self._output(x, weight, bias)
 
-    def _output(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.tp_size == 1 or not self.reduce_results:
-            output = F.linear(x, self.weight, bias)  # without reduce_results the constructor has seen to it: no bias
+            output = F.linear(x, weight, bias)  # without reduce_results the constructor has seen to it: no bias
             return output.reshape(-1, self.out_features) if self.scatter else output
-        if self._fuses(x, bias):
+        if self._fuses(x, weight, bias):
             op = torch.ops.tp_overlap.gemm_reduce_scatter if self.scatter else torch.ops.tp_overlap.gemm_all_reduce
-            return op.default(x, self.weight, self.group_name, bias)
-        partial = F.linear(x, self.weight)
+            return op.default(x, weight, self.group_name, bias)
+        partial = F.linear(x, weight)
         if self.scatter:
             rows = partial.reshape(-1, self.out_features)
             output = collectives.reduce_scatter_rows(rows, self.group_name, self.tp_rank, self.tp_size)
@@ -120,8 +121,10 @@ class RowParallelLinear(nn.Module):
             output = collectives.all_reduce(partial, self.group_name)
         return output if bias is None else output + bias
 
-    def _fuses(self, x: Tensor, bias: Tensor | None) -> bool:
-        trained = x.requires_grad or self.weight.requires_grad or (bias is not None and bias.requires_grad)
+    def _fuses(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
         return routing.fuses(
             self.name,
             self.group_name,
@@ -129,7 +132,7 @@ class RowParallelLinear(nn.Module):
             self.out_features,
             x.dtype,
             x.device.type,
-            trained and torch.is_grad_enabled(),
+            needs_grad,
         )
 
     # ---- loading
@@ -183,7 +186,7 @@ class RowParallelLinear(nn.Module):
                 f"{self.name}: scatter=True returns rows of the sum, reduce_results=False forbids the sum. Drop one."
             )
 
-    def _refuse_bad_input(self, x: Tensor) -> None:
+    def _refuse_bad_input(self, x: Tensor, weight: Tensor) -> None:
         wanted = self.input_size_per_partition if self.input_is_parallel else self.in_features
         if x.dim() == 0 or x.shape[-1] != wanted:
             got = x.shape[-1] if x.dim() else "a scalar"
@@ -194,10 +197,10 @@ class RowParallelLinear(nn.Module):
                 f"{self.name}: the last dimension of the input must be {wanted} (in_features={self.in_features}, "
                 f"world_size={self.tp_size}, input_is_parallel={self.input_is_parallel}), got {got}. {fix}"
             )
-        if x.dtype != self.weight.dtype or x.device != self.weight.device:
+        if x.dtype != weight.dtype or x.device != weight.device:
             raise InvalidInput(
-                f"{self.name}: input and weight must be alike, got {x.dtype} on {x.device} and {self.weight.dtype} on "
-                f"{self.weight.device}. Convert the input, or move the layer with .to()."
+                f"{self.name}: input and weight must be alike, got {x.dtype} on {x.device} and {weight.dtype} on "
+                f"{weight.device}. Convert the input, or move the layer with .to()."
             )
 
     def extra_repr(self) -> str:

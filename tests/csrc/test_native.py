@@ -1,0 +1,123 @@
+"""The C library through ctypes: it loads where there is no driver, and what does not fit is refused with its path."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from tp_overlap_kernels import native
+from tp_overlap_kernels.errors import NativeLibraryError, TpOverlapError
+from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel as sentinel
+
+HEADER = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "api.h"
+needs_library = pytest.mark.skipif(
+    not native.LIBRARY_PATH.exists(), reason="needs libtpo_kernels.so: install the package where nvcc and cmake are"
+)
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler (cc)")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+
+
+def compile_c(folder: pathlib.Path, source: str, *options: str) -> pathlib.Path:
+    (folder / "source.c").write_text(source)
+    subprocess.run(["cc", *options, f"-I{HEADER.parent}", "-o", "out", "source.c"], cwd=folder, check=True)
+    return folder / "out"
+
+
+@needs_library
+def test_the_library_loads_and_has_our_abi():
+    assert native.available()
+    assert native.library().tpo_abi_version() == native.ABI_VERSION
+    assert native.library() is native.library()
+
+
+def test_python_and_header_name_the_same_abi():
+    (version,) = re.findall(r"#define TPO_ABI_VERSION (\d+)", HEADER.read_text())
+    assert int(version) == native.ABI_VERSION
+
+
+@needs_compiler
+def test_the_struct_in_python_is_the_struct_in_c(tmp_path):
+    names = [name for name, _ in sentinel._Args._fields_]
+    prints = "".join(f'printf("%zu ", offsetof(TpoAllReduceArgs, {name}));' for name in names)
+    program = f'#include <stdio.h>\n#include <stddef.h>\n#include "api.h"\nint main(void) {{ {prints} '
+    program += 'printf("%zu", sizeof(TpoAllReduceArgs)); return 0; }\n'
+    printed = subprocess.check_output([compile_c(tmp_path, program)], text=True).split()
+    offsets = [getattr(sentinel._Args, name).offset for name in names]
+    assert [int(word) for word in printed] == [*offsets, ctypes.sizeof(sentinel._Args)]
+
+
+@needs_compiler
+def test_another_abi_is_refused_with_path_and_both_numbers(tmp_path):
+    path = compile_c(tmp_path, "int tpo_abi_version(void) { return 999; }\n", "-shared", "-fPIC")
+    with pytest.raises(
+        NativeLibraryError, match=rf"{re.escape(str(path))} has ABI version 999.*needs {native.ABI_VERSION}"
+    ):
+        native.load(path)
+
+
+@needs_compiler
+def test_a_library_that_is_not_ours_is_refused_with_its_path(tmp_path):
+    path = compile_c(tmp_path, "int nothing;\n", "-shared", "-fPIC")
+    with pytest.raises(NativeLibraryError, match=rf"{re.escape(str(path))} could not be loaded.*tpo_abi_version"):
+        native.load(path)
+
+
+def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path):
+    with pytest.raises(NativeLibraryError, match=rf"{re.escape(str(tmp_path))}.*nvcc"):
+        native.load(tmp_path / "libtpo_kernels.so")
+
+
+def test_a_file_that_is_no_library_is_refused_with_the_loaders_reason(tmp_path):
+    path = tmp_path / "libtpo_kernels.so"
+    path.write_text("not an ELF file")
+    with pytest.raises(NativeLibraryError, match=rf"{re.escape(str(path))} could not be loaded: .*(invalid|short)"):
+        native.load(path)
+
+
+@needs_library
+def test_the_library_brings_its_own_cuda_runtime():
+    needed = subprocess.run(["ldd", native.LIBRARY_PATH], capture_output=True, text=True, check=True).stdout
+    assert "libcudart" not in needed and "libcuda" not in needed and "not found" not in needed
+
+
+def launcher(**changes: int) -> sentinel.SentinelLauncher:
+    arguments = {"base_table_ptr": 0, "control_ptr": 0, "record_ptr": 0, "sentinel_offset": 0, "sentinel_bytes": 4096}
+    arguments |= {"header_offset": 0, "done_offset": 0, "rank": 0, "world_size": 2, "timeout_ns": 0}
+    return sentinel.SentinelLauncher(**(arguments | changes))
+
+
+@needs_library
+@needs_no_gpu
+def test_a_launch_without_a_driver_raises_the_cuda_reason():
+    assert not native.runs_on_current_device()
+    with pytest.raises(TpOverlapError, match=r"all_reduce: .*could not be launched: .*driver.* \(CUDA error \d+\)"):
+        launcher()(4096, 4096, 8, sentinel.BF16, 1, 0)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changes", "n_elems", "dtype"),
+    [
+        pytest.param({}, 2049, sentinel.BF16, id="longer than a slot"),
+        pytest.param({}, -1, sentinel.BF16, id="negative length"),
+        pytest.param({}, 8, 7, id="unknown dtype"),
+        pytest.param({"world_size": 9}, 8, sentinel.BF16, id="more than 8 ranks"),
+        pytest.param({"rank": 2}, 8, sentinel.BF16, id="rank outside the group"),
+        pytest.param({"sentinel_bytes": 4088}, 8, sentinel.BF16, id="slot not of whole vectors"),
+        pytest.param({"data_threads": 48}, 8, sentinel.BF16, id="block not of whole warps"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused_before_any_launch(changes, n_elems, dtype):
+    with pytest.raises(TpOverlapError, match="invalid argument"):
+        launcher(**changes)(4096, 4096, n_elems, dtype, 1, 0)
+
+
+@needs_library
+def test_an_empty_call_launches_nothing():
+    launcher()(0, 0, 0, sentinel.BF16, 1, 0)

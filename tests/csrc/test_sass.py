@@ -1,0 +1,117 @@
+"""The CUDA kernels, compiled for sm_90a and read as PTX and SASS: no GPU and no driver needed, only nvcc."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests import ptx
+
+CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+WORLDS = range(1, 9)
+
+pytestmark = pytest.mark.skipif(not pathlib.Path(NVCC).exists(), reason="needs nvcc")
+
+
+@dataclasses.dataclass
+class Compiled:
+    ptx: dict[str, str]  # by entry name
+    sass: dict[str, str]
+    report: str  # of ptxas -v
+
+    def entry(self, listing: dict[str, str], element: str, world_size: int) -> str:
+        (found,) = (text for name, text in listing.items() if re.search(rf"{element}ELi{world_size}E", name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def sentinel(tmp_path_factory) -> Compiled:
+    folder = tmp_path_factory.mktemp("sass")
+    source = CSRC / "kernels" / "all_reduce_one_shot_sentinel.cu"
+    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v"]
+    command += [
+        "--keep",
+        "--keep-dir",
+        folder,
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
+        "-o",
+        folder / "out.cubin",
+        source,
+    ]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    (ptx_file,) = folder.glob("*.ptx")
+    dump = subprocess.run([ptx.CUOBJDUMP, "-sass", folder / "out.cubin"], check=True, capture_output=True, text=True)
+    return Compiled(
+        ptx=dict(re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}\n", ptx_file.read_text(), flags=re.S)),
+        sass=dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump.stdout, flags=re.S)),
+        report=report,
+    )
+
+
+def opcodes(sass: str) -> list[str]:
+    """Mnemonics with their modifiers, in the order of the code."""
+    return re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass)
+
+
+def test_every_element_and_world_size_is_compiled(sentinel):
+    assert len(sentinel.sass) == len(sentinel.ptx) == 2 * len(WORLDS)
+
+
+def test_nothing_spills_and_nothing_lives_on_a_stack(sentinel):
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", sentinel.report)
+    assert len(usage) == 2 * len(WORLDS)
+    assert set(usage) == {("0", "0", "0")}
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", sentinel.report)]
+    assert max(registers) <= 64, registers  # so that the whole grid of 256 KiB is resident beside other kernels
+
+
+@pytest.mark.parametrize("element", ["Bf16", "Fp16"])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_data_travels_in_16_byte_accesses_at_system_scope(sentinel, element, world_size):
+    code = opcodes(sentinel.entry(sentinel.sass, element, world_size))
+    assert code.count("STG.E.128.STRONG.SYS") == world_size - 1  # one push a peer
+    assert code.count("LDG.E.128.STRONG.SYS") == world_size  # one poll a rank, the own one predicated off
+    assert "LDG.E.128" in code and "STG.E.128" in code  # x, out
+    text = sentinel.entry(sentinel.ptx, element, world_size)
+    assert "st.relaxed.sys.global.v4.b32" in text and "ld.relaxed.sys.global.v4.b32" in text
+
+
+def test_a_single_rank_polls_nobody(sentinel):
+    assert "STG.E.128.STRONG.SYS" not in opcodes(sentinel.entry(sentinel.sass, "Bf16", 1))
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_no_fence_and_no_call_lies_between_push_and_sum(sentinel, world_size):
+    code = opcodes(sentinel.entry(sentinel.sass, "Bf16", world_size))
+    first_push, first_poll = code.index("STG.E.128.STRONG.SYS"), code.index("LDG.E.128.STRONG.SYS")
+    assert first_push < first_poll
+    assert not [op for op in code[first_push:first_poll] if op.startswith(("MEMBAR", "BAR", "CCTL", "ATOM", "RED"))]
+    assert not [op for op in code if op.startswith(("CALL", "LDL", "STL"))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_waits_are_bounded_by_a_clock_in_nanoseconds(sentinel, world_size):
+    spins = 2 if world_size > 1 else 1  # header and data
+    text = sentinel.entry(sentinel.ptx, "Bf16", world_size)
+    assert text.count("%globaltimer") >= spins
+    assert "GLOBALTIMER" in sentinel.entry(sentinel.sass, "Bf16", world_size)
+
+
+def test_only_a_failure_is_published_with_a_release(sentinel):
+    text = sentinel.entry(sentinel.ptx, "Bf16", 2)
+    releases = text.count("st.release.sys.global.b64")
+    assert releases == text.count("atom.acq_rel.gpu.global.cas.b64") > 0
+
+
+def test_multicast_is_never_touched(sentinel):
+    assert not re.search(r"multimem", " ".join(sentinel.ptx.values()))
+    assert not re.search(r"\b(LDGMC|REDGMC|STGMC)", " ".join(sentinel.sass.values()))
+    sources = "".join(path.read_text() for path in CSRC.rglob("*") if path.is_file())
+    assert "cuMulticast" not in sources and "multimem" not in sources

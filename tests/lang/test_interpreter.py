@@ -122,6 +122,11 @@ def test_every_bf16_widens_to_itself():
 
 
 @triton.jit
+def smaller(x, y):
+    return tl.minimum(x, y)
+
+
+@triton.jit
 def bf16_arithmetic(x, y, out):
     at = tl.arange(0, 64)
     a, b = tl.load(x + at), tl.load(y + at)
@@ -133,16 +138,27 @@ def bf16_arithmetic(x, y, out):
     tl.store(out + 320 + at, -a)
     tl.store(out + 384 + at, tl.abs(a))
     tl.store(out + 448, tl.max(a, axis=0))
-    tl.store(out + 449, tl.sum(a.to(tl.float32), axis=0))
+    tl.store(out + 449, tl.reduce(a, 0, smaller))
+    tl.store(out + 450, tl.sum(a, axis=0))
 
 
 def test_bf16_arithmetic_is_of_numbers():
     x, y = (torch.randn(64, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (3, 4))
-    out = torch.empty(450, dtype=torch.bfloat16)
+    out = torch.empty(451, dtype=torch.bfloat16)
     interpret(bf16_arithmetic, (1,), x, y, out)
-    expected = [x + y, x * y, x - y, torch.minimum(x, y), torch.maximum(x, y), -x, x.abs(), x.max()[None]]
-    assert torch.equal(out[:449], torch.cat(expected))
-    assert abs(out[449] - x.double().sum()) < 0.1
+    expected = [
+        x + y,
+        x * y,
+        x - y,
+        torch.minimum(x, y),
+        torch.maximum(x, y),
+        -x,
+        x.abs(),
+        x.max()[None],
+        x.min()[None],
+    ]
+    assert torch.equal(out[:450], torch.cat(expected))
+    assert abs(out[450] - x.double().sum()) < 0.1
 
 
 # --- programs
@@ -280,9 +296,9 @@ def test_lint_wants_a_barrier_between_a_tile_and_its_release():
     data, slot = torch.zeros(16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     interpret(publishes, (1,), data, slot, BARRIER=True, WIDTH=16)
     interpret(publishes, (1,), data, slot, BARRIER=False, WIDTH=1)  # one thread stores and releases
-    with pytest.raises(LintError, match=r"tl\.debug_barrier"):
+    with pytest.raises(LintError, match="with no barrier of the block"):
         interpret(publishes, (1,), data, slot, BARRIER=False, WIDTH=16)
-    with pytest.raises(LintError, match=r"tl\.debug_barrier"):
+    with pytest.raises(LintError, match="with no barrier of the block"):
         interpret(accumulates_and_publishes, (1,), data, slot)
     with lint(False):
         interpret(publishes, (1,), data, slot, BARRIER=False, WIDTH=16)
@@ -336,7 +352,7 @@ def passes_a_tensor(out, N: tl.constexpr):
 
 
 def test_a_tensor_for_a_constexpr_is_an_error():
-    with pytest.raises(TypeError, match=r"n is a tl\.constexpr"):
+    with pytest.raises(TypeError, match="n is a"):
         interpret(passes_a_tensor, (1,), torch.zeros(8), N=8)
 
 

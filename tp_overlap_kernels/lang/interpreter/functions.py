@@ -119,8 +119,8 @@ class _WrapAssignments(ast.NodeTransformer):
 
 
 def tensor_range(start, stop=None, step=1, **_compiler_hints) -> Iterator[tl.tensor]:
-    """`range` and `tl.range`. The index is a tensor, as compiled: `i.to(...)` works, use as a constexpr does not. It has
-    64 bits if a bound has."""
+    """`range` and `tl.range`. The index is a tensor, as compiled: `i.to(...)` works, use as a constexpr does not. It
+    has 64 bits if a bound has."""
     start, stop = (0, start) if stop is None else (start, stop)
     bounds = (start, stop, step)
     is_wide = any(isinstance(bound, tl.tensor) and bound.dtype.primitive_bitwidth == 64 for bound in bounds)

@@ -131,6 +131,7 @@ def _patch_language() -> stock._LangPatchScope:
         stock._patch_builtin(language.tensor, builder, patches)
         stock._patch_lang_tensor(language.tensor, patches)
         stock._patch_lang_core(language, patches)
+    for language in (tl, tl.core):  # after the loop above, each turn of which patches reductions in both
         patches.set_attr(language, "range", tensor_range)
         patches.set_attr(language, "multiple_of", _checking(language.multiple_of))
         for name in ("reduce", "associative_scan"):

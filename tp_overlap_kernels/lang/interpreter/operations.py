@@ -26,7 +26,7 @@ class Builder(stock.InterpreterBuilder):
     def __init__(self) -> None:
         super().__init__()
         # debug: tl.device_assert asserts
-        self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
+        self.options = dataclasses.replace(stock.InterpreterOptions(), debug=True, sanitize_overflow=False)
 
     # --- numbers
 
@@ -76,11 +76,6 @@ class Builder(stock.InterpreterBuilder):
 
     # --- memory: what the lint must know, and where a kernel may be spinning
 
-    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
-        if is_volatile and ptrs.data.size == 1:
-            self._maybe_spinning()
-        return super().create_masked_load(ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
-
     def create_masked_store(self, ptrs, value, mask, *policy):
         program_state().dirty |= value.data.size > 1
         return super().create_masked_store(ptrs, value, mask, *policy)
@@ -107,13 +102,9 @@ class Builder(stock.InterpreterBuilder):
             program.check_release("atomic release")
         elif not is_scalar:
             program.dirty = True
-        if is_scalar:
-            self._maybe_spinning()
-
-    def _maybe_spinning(self):
-        """A scalar atomic, or volatile load, may be one turn of a waiting loop."""
-        program_state().check_stop()
-        time.sleep(0)
+        if is_scalar:  # perhaps one turn of a waiting loop
+            program.check_stop()
+            time.sleep(0)
 
     def _atomic_add_bf16(self, op, ptr, value, mask, sem):
         if op != stock._ir.ATOMIC_OP.FADD:

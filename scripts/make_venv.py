@@ -67,8 +67,9 @@ def main(folder: str, extras: str) -> int:
     pip = pip_command(python)
     if not reuse and not install(pip, *TORCH):
         return 1
-    if not install(pip, "--no-index", "setuptools>=77", quiet_failure=True) and not install(pip, "setuptools>=77"):
-        return 1
+    for tool in ("pip", "setuptools>=77"):
+        if not install(pip, "--no-index", tool, quiet_failure=True) and not install(pip, tool):
+            return 1
     if not install(pip, "--no-deps", *OFFLINE, "--editable", "."):
         return 1
     wanted = f"tp-overlap-kernels[{extras}]"

@@ -113,6 +113,7 @@ def call_three_times(rank, world_size, case):
 @with_backend
 @torch.inference_mode()
 def call_compiled(rank, world_size, case, backend):
+    torch.compiler.reset()
     layer = build(case)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     results = []
@@ -135,14 +136,39 @@ def train(rank, world_size, case):
     return pull, x.grad, layer.weight.grad, layer.bias.grad, counters()
 
 
+@torch.inference_mode()
+def compiled_before_and_after_init(rank, world_size, case):
+    torch.compiler.reset()
+    routing.reset_counters()
+    layer, x = build(case), own_input(case, rank, world_size)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    outputs, seen = [compiled(x)], [counters()]
+    for max_N in (N, N - 1, N):
+        tpo.init(max_M=64, max_N=max_N)
+        outputs.append(compiled(x))
+        tpo.close()
+        seen.append(counters())
+    outputs.append(compiled(x))
+    return [torch.equal(output, expected(case, rank, world_size)) for output in outputs], seen, counters()
+
+
+@with_backend
+@torch.inference_mode()
+def compiled_one_by_one(rank, world_size, case):
+    torch.compiler.reset()
+    x = own_input(case, rank, world_size)
+    layers = [build(case, name=f"layers.{index}.o_proj") for index in range(12)]
+    return [torch.compile(layer, fullgraph=True, backend="aot_eager")(x) for layer in layers], counters()
+
+
 @with_backend
 @torch.inference_mode()
 def many_layers(rank, world_size, case, count):
-    before = tpo.memory_report().as_dict() if case.backend != "unfused" else None
+    before = tpo.memory_report().groups if case.backend != "unfused" else None
     layers = [build(case) for _ in range(count)]
     x = own_input(case, rank, world_size)
     outputs = [layer(x) for layer in layers]
-    after = tpo.memory_report().as_dict() if case.backend != "unfused" else None
+    after = tpo.memory_report().groups if case.backend != "unfused" else None
     return all(torch.equal(output, outputs[0]) for output in outputs), before, after
 
 
@@ -231,9 +257,24 @@ def test_it_compiles_into_one_graph_for_any_M(ranks, case, backend):
     case = dataclasses.replace(case, backend=backend)
     for results, counted in ranks(2).run(call_compiled, case, "aot_eager", timeout=180):
         assert all(torch.equal(output, wanted) for output, wanted in results)
-        # "fused" once a graph: one for M=11, which may be made anew when M changes.
-        (reason,) = counted
-        assert reason == ("fused" if backend != "unfused" else "unfused: not_initialised") and counted[reason] <= 2
+        assert counted == {"fused" if backend != "unfused" else "unfused: not_initialised": 1}, "one graph for all M"
+
+
+def test_a_compiled_layer_follows_init_and_close(ranks):
+    for equal, seen, last in ranks(2).run(compiled_before_and_after_init, Case("compiled")):
+        assert equal == [True] * 5
+        first = {"unfused: not_initialised": 1}
+        both = first | {"fused": 1}
+        wide = both | {"unfused: max_N": 1}
+        assert seen == [first, both, wide, wide] and last == wide, "traced once for each, then found again"
+
+
+def test_layers_that_are_compiled_one_by_one_share_a_graph(ranks):
+    """Else the twelfth layer would meet torch's limit of eight graphs a function."""
+    case = Case("", backend="ref")
+    for rank, (outputs, counted) in enumerate(ranks(2).run(compiled_one_by_one, case)):
+        assert all(torch.equal(output, expected(case, rank, 2)) for output in outputs)
+        assert counted == {"fused": 1}
 
 
 @pytest.mark.parametrize(

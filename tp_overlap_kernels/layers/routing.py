@@ -2,6 +2,8 @@
 
 The decision looks only at what all ranks share and what stays as it is from call to call (group, dtype, device, width,
 whether a gradient is wanted), never at M. Which kernel runs for which M is chosen inside the op.
+torch.compile traces the decision and guards what it read: a graph traced before `init`, which is unfused, is traced
+again after it, and the other way round after `close`.
 """
 
 from __future__ import annotations
@@ -37,39 +39,45 @@ def reset_counters() -> None:
 
 
 def fuses(layer: str, group_name: str, rank: int, N: int, dtype: torch.dtype, device: str, needs_grad: bool) -> bool:
-    """Whether the call goes to the fused op. Counts it, and warns where it does not.
-
-    Under torch.compile this runs once, while tracing, and its answer becomes part of the graph: initialise the group
-    before compiling. A graph traced without an arena stays right, and unfused, until it is compiled again.
-    """
-    found = why_not(group_name, N, dtype, device, needs_grad)
-    if found is None:
-        _counts["fused"] += 1
-        return True
-    reason, sentence = found
-    _counts[f"unfused: {reason}"] += 1
-    if reason not in _warned:
-        _warned.add(reason)
-        if rank == 0:
-            log.warning("%s runs unfused: %s Later calls for this reason are only counted.", layer, sentence)
-    return False
+    """Whether the call goes to the fused op. Counts it, and warns where it does not."""
+    reason = why_not(group_name, N, dtype, device, needs_grad)
+    _note(reason, layer, group_name, rank, N, dtype, device)
+    return not reason
 
 
-# What torch.compiler.assume_constant_result does; calling that would import the compiler with this package (1.6 s).
-fuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def why_not(group_name: str, N: int, dtype: torch.dtype, device: str, needs_grad: bool) -> tuple[str, str] | None:
-    """The reason not to fuse, as (word, sentence), or None."""
+def why_not(group_name: str, N: int, dtype: torch.dtype, device: str, needs_grad: bool) -> str:
+    """The reason not to fuse, in a word; empty when there is none."""
     if needs_grad:
-        return "needs_grad", "a gradient is wanted, and the op has none. Wrap inference in torch.inference_mode()."
+        return "needs_grad"
     if dtype not in FUSED_DTYPES:
-        return "dtype", f"dtype is {dtype}. The op takes torch.bfloat16 and torch.float16."
+        return "dtype"
     arena = find(group_name)
     if arena is None:
-        return "not_initialised", f"group {group_name!r} has no arena. Call tp_overlap_kernels.init() on all its ranks."
+        return "not_initialised"
     if arena.device.type != device:
-        return "device", f"its tensors are on {device}, while its group was initialised for {arena.device.type}."
-    if N > arena.layout.max_N:
-        return "max_N", f"out_features={N} exceeds max_N={arena.layout.max_N}. Give init() a larger max_N."
-    return None
+        return "device"
+    return "max_N" if N > arena.layout.max_N else ""
+
+
+def _note(reason: str, layer: str, group_name: str, rank: int, N: int, dtype: torch.dtype, device: str) -> None:
+    """Counts a call, and says the reason in full the first time it is met."""
+    _counts[f"unfused: {reason}" if reason else "fused"] += 1
+    if not reason or reason in _warned:
+        return
+    _warned.add(reason)
+    if rank != 0:
+        return
+    arena = find(group_name)
+    sentence = {
+        "needs_grad": "a gradient is wanted, and the op has none. Wrap inference in torch.inference_mode().",
+        "dtype": f"dtype is {dtype}. The op takes torch.bfloat16 and torch.float16.",
+        "not_initialised": f"group {group_name!r} has no arena. Call tp_overlap_kernels.init() on all its ranks.",
+        "device": f"its tensors are on {device}, while its group was initialised for {arena and arena.device.type}.",
+        "max_N": f"out_features={N} exceeds max_N={arena and arena.layout.max_N}. Give init() a larger max_N.",
+    }[reason]
+    log.warning("%s runs unfused: %s Later calls for this reason are only counted.", layer, sentence)
+
+
+# Runs while tracing and leaves no trace. This is what torch.compiler.assume_constant_result does; calling that here
+# would import the compiler together with this package, which takes 1.6 s.
+_note._dynamo_marked_constant = True  # type: ignore[attr-defined]

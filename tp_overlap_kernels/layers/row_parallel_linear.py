@@ -40,7 +40,7 @@ class RowParallelLinear(nn.Module):
     neither requires grad. `load_state_dict` takes the whole weight, [out_features, in_features], as well as this rank's
     shard, told apart by shape; `weight_loader` is for engines, which call it for each parameter.
     Equals, on W ranks: all_reduce(F.linear(x_r, weight_r)) + bias, up to rounding (the op adds in f32, rounds once).
-    Works under torch.compile(fullgraph=True); call `tp_overlap_kernels.init` before compiling (see `routing.fuses`).
+    Works under torch.compile(fullgraph=True), with one graph for all M; `init` and `close` lead to another.
     Errors: InvalidInput, before any rank enters a collective, for sizes, dtypes and flags that do not fit.
     """
 
@@ -125,8 +125,10 @@ class RowParallelLinear(nn.Module):
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
+        # A compiled call must not read the name: the graph would be guarded by it, and each layer need one of its own.
+        name = "a compiled RowParallelLinear" if torch.compiler.is_compiling() else self.name
         return routing.fuses(
-            self.name,
+            name,
             self.group_name,
             self.tp_rank,
             self.out_features,

@@ -167,7 +167,7 @@ def test_the_rule_serves_where_nothing_measured_can_run():
 
 
 def test_a_table_of_a_gpu_says_nothing_about_the_cpu():
-    assert select(gemm(AR, 4096), cpu("interp"), table("chunked")).name == "two_shot"
+    assert select(gemm(AR, 4096), cpu("interp"), table("unfused_nccl")).name == "two_shot"
     assert select(gemm(AR, 4096), cpu("ref"), table("two_shot")).name == "ref"
 
 
@@ -208,7 +208,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("nccl", elements(64), h200(ranks_per_device=2), "two ranks on one device"),
         ("unfused_symm_mem_two_shot", gemm(AR, 8, dtype="float16"), h200(), "not float16"),
         ("unfused_symm_mem_two_shot", gemm(AR, 1, N=8), h200(), "no multiple of 32"),
-        ("unfused_two_shot", gemm(AR, 8), cpu("interp"), "only the fused Triton kernels"),
+        ("unfused_nccl", gemm(AR, 8), cpu("interp"), "no CPU twin"),
         ("two_shot", gemm(AR, 8), cpu("ref"), "knows only the plan 'ref'"),
         ("two_shot", gemm(AR, 8, world_size=1), h200(1), "knows only the plan 'local'"),
         ("ref", gemm(AR, 8), h200(), "for the ref backend"),

@@ -43,6 +43,7 @@ PARAM_NAMES = (
     "group_m",
     "chunks",
     "own_chunks",
+    "taper",
 )
 
 

@@ -108,8 +108,8 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
         return f"it is not a plan of {problem.op}"
     if only:
         return f"{'one rank' if only == 'local' else 'the ref backend'} knows only the plan {only!r}"
-    if topology.backend == "interp" and plan.name not in _INTERPRETED:
-        return "the interpreter runs only the fused Triton kernels"
+    if topology.backend == "interp" and plan.name in _CUDA_ONLY:
+        return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
     return limit(problem, topology) if limit else None
 
@@ -131,7 +131,8 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 # ---- what a plan needs
 
-_INTERPRETED = ("one_shot", "two_shot", "push")
+_CUDA_ONLY = ("sentinel", "unfused_sentinel", "nccl", "unfused_nccl", "unfused_symm_mem_two_shot")
+_TILED = ("one_shot", "two_shot", "push")
 
 
 def _only_plan(topology: Topology) -> str | None:
@@ -275,7 +276,7 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
     """Parameters of plan `name` where nobody gave any: the constants of this file, fitted to the shape."""
     if name == "chunked":
         return CHUNKS
-    if problem.op == "all_reduce" or name not in _INTERPRETED:
+    if problem.op == "all_reduce" or name not in _TILED:
         return {}
     if topology.backend == "interp":
         return TILES_INTERP

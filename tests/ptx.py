@@ -1,0 +1,44 @@
+"""Compile our kernels for sm_90a without a GPU, and read the result.
+
+`hopper(kernel, arguments, meta)` returns Triton's compiled object: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`. The SASS and the
+resource report come from the cuobjdump that Triton's wheel carries.
+"""
+
+import pathlib
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def hopper(kernel, types, meta, aligned=()):
+    """types: Triton type by argument name ("*bf16", "i32", "tensordesc<...>"); aligned: names that are multiples of 16."""
+    names = list(kernel.arg_names)
+    options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
+    constants = {(names.index(key),): value for key, value in meta.items() if key not in options}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _dump(cubin, *options):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def sass(compiled):
+    """Disassembly."""
+    return _dump(compiled.asm["cubin"], "-sass")
+
+
+def resources(compiled):
+    """{'REG': ..., 'STACK': ..., 'SHARED': ..., 'LOCAL': ...} of the one kernel."""
+    text = _dump(compiled.asm["cubin"], "-res-usage")
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}

@@ -1,0 +1,106 @@
+"""One-shot GEMM + all-reduce, push: each rank sends each tile of its partial to every peer, and every rank adds.
+
+    out[M, N] = sum over r of  a_r[M, K_local] @ b_r[N, K_local].T  (+ bias)
+
+a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: (M, N), same dtype, on every rank. bias: (N,) or none.
+Rounding: f32 over K; one rounding to the wire dtype (the rank's own partial too); ranks added in order 0..W-1 in f32; bias; one last
+rounding. All ranks therefore hold the same bits.
+Bytes: a rank sends (W-1) * M*N*itemsize. Meant for small M, where a CTA streams its columns of b once and latency is the rest.
+
+    rank 0                                    rank 1                         time
+    1. gemm t                                 gemm t                          |
+    2. push t to rank 1                       push t to rank 0                v
+       notify(t, e)  ---- release.sys ---.  .--- notify(t, e)
+                                          \/
+    3. wait(t, e)  <----- acquire.sys ----'`---> wait(t, e)
+       add W partials, store out[t]              add W partials, store out[t]
+
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the peer's slot;
+  there one thread acquires on that slot and joins its CTA; then all load.
+Reuse (no one overwrites too early). Call e writes half e & 1, slots and flags, which were last read in call e - 2 or before. In call
+  e - 1, of whatever kind, we acquired from every peer something that it sent in e - 1, hence after the end of its e - 2. Two halves
+  are enough, then, and one is not. Holds since every kernel of this package hears from every peer in every call.
+Live (no one waits for ever). Every CTA takes its tiles in rising order on every rank, and a tile waits only for the same tile of the
+  peers: the lowest tile unfinished anywhere is being computed, or can be, without any wait. The whole grid is resident.
+"""
+
+import triton
+import triton.language as tl
+
+from ..lang import signal, tile
+from ..lang.peer import slot_at
+
+OP = tl.constexpr(1)
+
+
+@triton.jit(do_not_specialize=["M", "m_tiles", "call_hash", "rank", "timeout_ns"])
+def gemm_all_reduce_one_shot_push(
+    a_desc,
+    b_desc,
+    bias_ptr,
+    out_ptr,
+    heap_ptr,
+    control_ptr,
+    record_ptr,
+    header_offset,
+    M,
+    N,
+    K,
+    m_tiles,
+    n_tiles,
+    pitch,  # elements between rows of a partial
+    out_pitch,
+    flags_offset,
+    slots_offset,
+    slot_bytes,  # of one rank's partial in one half, by capacity
+    flags_half_bytes,
+    call_hash,
+    rank,
+    timeout_ns,
+    WORLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    word = signal.call_word(epoch, call_hash)
+    half = epoch & 1
+    slots = slots_offset + half * WORLD * slot_bytes
+    flags = flags_offset + half * flags_half_bytes
+    own = tl.load(heap_ptr + rank)
+    failed = 0
+
+    for t in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+        row0 = (t // n_tiles) * BLOCK_M
+        col0 = (t % n_tiles) * BLOCK_N
+        # 1. produce
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in tl.range(0, tl.cdiv(K, BLOCK_K)):
+            a = a_desc.load([row0, k * BLOCK_K])
+            b = b_desc.load([col0, k * BLOCK_K])
+            acc = tl.dot(a, b.T, acc)
+        partial = acc.to(DTYPE)
+        # 2. push it to every peer, then say so
+        rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(1, WORLD):
+            peer = (rank + i) % WORLD
+            tile.store(slot_at(heap_ptr, slots, rank, slot_bytes, peer, DTYPE), partial, rows, cols, M, N, pitch)
+        signal.notify_all(heap_ptr, flags + (t * WORLD + rank) * 8, word, rank, WORLD)
+        # 3. wait for theirs and add in rank order, so that every rank rounds alike
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for source in tl.static_range(0, WORLD):
+            if source == rank:
+                total += partial.to(tl.float32)
+            else:
+                who = signal.waiter(OP, rank, source, t)
+                slot = own + flags + (t * WORLD + source) * 8
+                status = signal.wait(slot, word, timeout_ns, control_ptr, record_ptr, who)
+                failed = tl.maximum(failed, status)
+                pushed = slot_at(heap_ptr, slots, source, slot_bytes, rank, DTYPE)
+                pushed = signal.consume_token(pushed, status)
+                total += tile.load(pushed, rows, cols, M, N, pitch).to(tl.float32)
+        total += tile.load_bias(bias_ptr, cols, N, HAS_BIAS)[None, :]
+        result = tl.where(failed == 0, total, float("nan")).to(DTYPE)
+        tile.store(out_ptr, result, rows, cols, M, N, out_pitch)

@@ -1,0 +1,122 @@
+"""GEMM + reduce-scatter, push: each partial goes to the rank that owns its rows, which adds.
+
+    out_r[rows of r, N] = sum over s of  (a_s[M, K_local] @ b_s[N, K_local].T)[rows of r]  (+ bias)
+
+a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: the rows [r*c, min(M, (r+1)*c)), c = ceil(M / W), on rank r.
+bias: (N,) or none.
+Rounding: f32 over K; a partial that travels is rounded once to the wire dtype, the owner's own stays in f32; added in the order own,
+then ranks 0..W-1; bias; one last rounding.
+Bytes: a rank sends (W-1)/W * M*N*itemsize.
+
+    rank 0 (owns the upper rows)                 rank 1 (owns the lower rows)           time
+    1. gemm a lower tile, push the partial       gemm an upper tile, push the partial    |
+       notify ------------------------------. .------------------------------ notify     v
+    2. gemm an upper tile                    X   gemm a lower tile
+       wait <-------------------------------' '-----------------------------> wait
+       add, store                                add, store
+
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the slot of that
+  tile; the waiting CTA acquires on it and joins before it loads. Slots hold the epoch, so an older call's arrival does not pass.
+Reuse (no one overwrites too early). Our finishing says nothing of a peer's: it may still be adding what we pushed. So a peer writes
+  staging and flags of call e only after our `done` of the last call that used them, sent by our last CTA after every CTA's loads.
+  One staging buffer is enough then, also after calls in which some rank owned no row.
+Live (no one waits for ever). The whole grid is resident (at most one CTA an SM is launched). Tiles of step 1 wait for nobody
+  (but for the end of the peers' previous call); each tile of step 2 waits for tiles of step 1.
+"""
+
+import triton
+import triton.language as tl
+
+from ..lang import signal, tile
+from ..lang.peer import slot_at, staging_slot
+
+OP = tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=["M", "m_tiles", "rows_per_rank", "call_hash", "rank", "timeout_ns"])
+def gemm_reduce_scatter_push(
+    a_desc,
+    b_desc,
+    bias_ptr,
+    out_ptr,
+    heap_ptr,
+    control_ptr,
+    record_ptr,
+    header_offset,
+    M,
+    N,
+    K,
+    rows_per_rank,
+    m_tiles,  # tiles down one owner's block
+    n_tiles,
+    pitch,  # elements between rows in the arena
+    out_pitch,
+    done_offset,
+    partial_flags,
+    staging_offset,
+    staging_slot_bytes,
+    call_hash,
+    rank,
+    timeout_ns,
+    WORLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    word = signal.call_word(epoch, call_hash)
+    own = tl.load(heap_ptr + rank)
+    tiles_per_owner = m_tiles * n_tiles
+    failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
+
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    steps = tl.cdiv(WORLD * tiles_per_owner - pid, programs) * k_tiles
+    step = pid - programs
+    k = k_tiles - 1
+    owner = rank
+    t = pid
+    row0 = 0
+    col0 = 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # One loop over tiles and K together, so that the loads of the next tile are in flight during this one's epilogue.
+    for _ in tl.range(0, steps):
+        k = tl.where(k == k_tiles - 1, 0, k + 1)
+        if k == 0:
+            step += programs
+            owner, t = tile.pivot(step, tiles_per_owner, rank, WORLD)
+            m, n = tile.swizzle(t, m_tiles, n_tiles, GROUP_M)
+            row0 = owner * rows_per_rank + m * BLOCK_M
+            col0 = n * BLOCK_N
+        a = a_desc.load([row0, k * BLOCK_K])
+        b = b_desc.load([col0, k * BLOCK_K])
+        acc = tl.dot(a, b.T, acc)
+        if k == k_tiles - 1:
+            first = owner * rows_per_rank
+            rows, cols = tile.offsets(row0 - first, col0, BLOCK_M, BLOCK_N)  # rows within the owner's block
+            row_end = tl.minimum(M - first, rows_per_rank)
+            if owner != rank:
+                # 1. push the partial to its owner
+                partial = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
+                tile.store(partial, acc.to(DTYPE), rows, cols, row_end, N, pitch)
+                signal.notify(tl.load(heap_ptr + owner) + partial_flags + (t * WORLD + rank) * 8, word)
+            else:
+                # 2. add the peers' partials to our own and store
+                for i in tl.static_range(0, WORLD - 1):
+                    peer = i + (i >= rank).to(tl.int32)  # 0..W-1 without us
+                    who = signal.waiter(OP, rank, peer, t)
+                    slot = own + partial_flags + (t * WORLD + peer) * 8
+                    status = signal.wait(slot, word, timeout_ns, control_ptr, record_ptr, who)
+                    failed = tl.maximum(failed, status)
+                    staged = slot_at(heap_ptr, staging_offset, i, staging_slot_bytes, rank, DTYPE)
+                    staged = signal.consume_token(staged, status)
+                    acc += tile.load(staged, rows, cols, row_end, N, pitch).to(tl.float32)
+                acc += tile.load_bias(bias_ptr, cols, N, HAS_BIAS)[None, :]
+                result = tl.where(failed == 0, acc, float("nan")).to(DTYPE)
+                tile.store(out_ptr, result, rows, cols, row_end, N, out_pitch)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)

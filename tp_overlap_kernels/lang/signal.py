@@ -1,0 +1,409 @@
+"""Signals between ranks: notify, wait, consume_token (Triton-Distributed's words) on stock Triton.
+
+A slot is a 64-bit word in symmetric memory: epoch << 16 | call hash. Epochs only grow, so nothing is ever reset and a captured
+graph may be replayed any number of times: the epoch is read from device memory, `control[EPOCH]`, and advanced by `enter`.
+
+Every word here is `.sys` scoped, has the CTA barrier on the side where it belongs, and ends:
+
+* `notify` first joins the CTA (`barrier.sync`), so that the stores of *all* its threads come before the release of one. Triton puts no
+  barrier there by itself before 3.9.
+* `wait` lets one thread poll with acquire and then joins the CTA (`barrier.red`), so that all threads may load what was published, and
+  all of them see the same status. A status other than OK means that the data must not be used: the caller stores NaN.
+* A wait lasts `timeout_ns` at most, by `%globaltimer` (nanoseconds; `clock64` would follow the SM clock). The thread that gives up
+  writes the record described in `memory.record`, once a group, and sets `control[FAILED]`, after which no wait of the group lasts.
+
+`control` is a device-local array of int64 (one a group), `record` is pinned host memory that the device can write.
+"""
+
+import ctypes
+import time
+
+import triton
+import triton.language as tl
+
+from .interpreter import address_of, as_tensor, cpu_impl, pause, program_state, value_of
+
+# words of `control`
+EPOCH = tl.constexpr(0)  # the last call that this rank has entered with its whole grid
+ENTERED = tl.constexpr(1)  # CTAs that have read the epoch of the running call
+SENTINEL_CALLS = tl.constexpr(2)  # used by csrc/kernels/all_reduce_one_shot_sentinel.cu
+SENTINEL_BYTES = tl.constexpr(3)  # likewise
+FAILED = tl.constexpr(4)  # nonzero: every wait returns at once
+REPORTER = tl.constexpr(5)  # 0 until one thread has taken the record
+LEFT = tl.constexpr(6)  # CTAs that have ended in the running call
+STAGED = tl.constexpr(7)  # the last call that used staging and result
+HEADERS = tl.constexpr(8)  # address of our header slots [2, W]: the call word of each peer by parity of the epoch
+HEADERS_BYTES = tl.constexpr(9)  # W * 8
+
+# status of a wait, and `record[CODE]`
+OK, TIMEOUT, MISMATCH, ABORTED = (tl.constexpr(i) for i in range(4))
+
+_NOTIFY = tl.constexpr("""
+{
+    .reg .pred first;
+    .reg .b32 tid;
+    barrier.sync 0;
+    mov.u32 tid, %tid.x;
+    setp.eq.u32 first, tid, 0;
+    @first st.release.sys.global.b64 [$1], $2;
+    mov.u32 $0, 0;
+}
+""")
+
+_ENTER = tl.constexpr("""
+{
+    .reg .pred other;
+    .reg .b32 tid, threads, programs;
+    .reg .b64 count, last;
+    mov.u32 $0, 0;
+    mov.u32 tid, %tid.x;
+    mov.u32 threads, %ntid.x;
+    sub.u32 threads, threads, 1;
+    barrier.sync 0;
+    setp.ne.u32 other, tid, threads;
+    @other bra entered;
+    atom.acq_rel.gpu.global.add.u64 count, [$1 + 8], 1;
+    mov.u32 programs, %nctaid.x;
+    sub.u32 programs, programs, 1;
+    cvt.u64.u32 last, programs;
+    setp.ne.u64 other, count, last;
+    @other bra entered;
+    st.relaxed.gpu.global.b64 [$1 + 8], 0;
+    st.relaxed.gpu.global.b64 [$1], $2;
+    entered:
+}
+""")
+
+# Poll until epoch(slot) >= epoch(want). Registers: $0 status; $1 slot, $2 want, $3 timeout_ns, $4 control, $5 record,
+# $6 packed (op << 48 | rank << 40 | peer << 32 | tile). It looks at the clock and at the abort word (pinned host memory, a microsecond
+# away) after 512 polls and then every 1024, so that a short wait pays for neither. There it also compares headers: a peer that has
+# entered the same epoch with another hash makes another call, and would never write the slot we wait for.
+_POLL = """
+        mov.u32 status, 0;
+        mov.u32 polls, 0;
+        mov.u64 started, 0;
+        shr.u64 wanted, $2, 16;
+    poll:
+        ld.acquire.sys.global.b64 seen, [$1];
+        shr.u64 got, seen, 16;
+        setp.ge.s64 here, got, wanted;
+        @here bra arrived;
+        add.u32 polls, polls, 1;
+        and.b32 due, polls, 1023;
+        setp.ne.u32 skip, due, 512;
+        @skip bra poll;
+        ld.relaxed.gpu.global.b64 failed, [$4 + 32];
+        setp.ne.s64 gone, failed, 0;
+        @gone bra known;
+        ld.relaxed.sys.global.b64 failed, [$5];
+        setp.ne.s64 gone, failed, 0;
+        @gone bra aborted;
+        and.b64 got, $2, 65535;
+        setp.eq.u64 skip, got, 0;
+        @skip bra clock;
+        ld.relaxed.gpu.global.b64 got, [$4 + 64];
+        ld.relaxed.gpu.global.b64 code, [$4 + 72];
+        and.b64 now, wanted, 1;
+        mad.lo.u64 got, now, code, got;
+        shr.u64 code, $6, 32;
+        and.b64 code, code, 255;
+        shl.b64 code, code, 3;
+        add.u64 got, got, code;
+        ld.relaxed.sys.global.b64 now, [got];
+        shr.u64 got, now, 16;
+        setp.ne.u64 skip, got, wanted;
+        @skip bra clock;
+        setp.eq.u64 skip, now, $2;
+        @skip bra clock;
+        mov.u64 seen, now;
+        mov.u32 status, 2;
+        bra report;
+    clock:
+        mov.u64 now, %globaltimer;
+        setp.eq.u64 early, started, 0;
+        selp.u64 started, now, started, early;
+        sub.u64 now, now, started;
+        setp.le.u64 early, now, $3;
+        setp.eq.u64 endless, $3, 0;
+        or.pred early, early, endless;
+        @early bra poll;
+        mov.u32 status, 1;
+        bra report;
+    known:
+        mov.u32 status, 3;
+        bra leave;
+    aborted:
+        mov.u32 status, 3;
+        bra report;
+    arrived:
+        setp.ne.u64 late, got, wanted;
+        @late bra leave;
+        setp.eq.u64 same, seen, $2;
+        @same bra leave;
+        mov.u32 status, 2;
+    report:
+        atom.acq_rel.gpu.global.cas.b64 failed, [$4 + 40], 0, 1;
+        setp.ne.s64 gone, failed, 0;
+        @gone bra mark;
+        cvt.u64.u32 code, status;
+        st.relaxed.sys.global.b64 [$5 + 16], code;
+        shr.u64 code, $6, 48;
+        st.relaxed.sys.global.b64 [$5 + 24], code;
+        shr.u64 code, $6, 40;
+        and.b64 code, code, 255;
+        st.relaxed.sys.global.b64 [$5 + 32], code;
+        shr.u64 code, $6, 32;
+        and.b64 code, code, 255;
+        st.relaxed.sys.global.b64 [$5 + 40], code;
+        and.b64 code, $6, 4294967295;
+        st.relaxed.sys.global.b64 [$5 + 48], code;
+        st.relaxed.sys.global.b64 [$5 + 56], $2;
+        st.relaxed.sys.global.b64 [$5 + 64], seen;
+        st.release.sys.global.b64 [$5 + 8], 2;
+    mark:
+        st.relaxed.gpu.global.b64 [$4 + 32], 1;
+    leave:
+"""
+
+_REGISTERS = """
+        .reg .pred first, here, skip, gone, early, endless, late, same, any;
+        .reg .b32 tid, status, polls, due;
+        .reg .b64 seen, got, wanted, failed, started, now, code;
+"""
+
+# One thread polls; the barrier's reduction hands every thread the same status (bit by bit, since barrier.red reduces a predicate).
+_WAIT = tl.constexpr(
+    "{"
+    + _REGISTERS
+    + """
+        mov.u32 status, 0;
+        mov.u32 tid, %tid.x;
+        setp.ne.u32 first, tid, 0;
+        @first bra join;
+"""
+    + _POLL
+    + """
+    join:
+        and.b32 due, status, 1;
+        setp.ne.u32 here, due, 0;
+        barrier.red.or.pred any, 0, here;
+        selp.u32 $0, 1, 0, any;
+        and.b32 due, status, 2;
+        setp.ne.u32 here, due, 0;
+        barrier.red.or.pred any, 0, here;
+        selp.u32 due, 2, 0, any;
+        or.b32 $0, $0, due;
+    }
+"""
+)
+
+# Every thread polls its own slot; the caller reduces the statuses, which joins the CTA.
+_WAIT_EACH = tl.constexpr("{" + _REGISTERS + _POLL + "        mov.u32 $0, status;\n    }\n")
+
+
+@triton.jit
+def call_word(epoch, call_hash):
+    """What an arrival writes: 48 bits of epoch, 16 bits of the call's hash."""
+    return (epoch.to(tl.int64) << 16) | call_hash
+
+
+@triton.jit
+def enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD: tl.constexpr):
+    """Begin the call: its epoch, the same in every CTA. To be called once, first, by every CTA of the grid.
+
+    One CTA also tells every peer which call this is (a header), by weak stores: a waiting peer compares hashes, it reads no data by it.
+
+    The CTA barrier puts every thread's load before the count, and the CTA that completes the count writes the epoch for the next call:
+    nobody of this call can read it any more. The last thread counts, so that the first warp, which starts the loads, does not wait.
+    """
+    epoch = tl.load(control_ptr + EPOCH) + 1
+    count_in(control_ptr, epoch)
+    if tl.program_id(0) == 0:
+        for i in tl.static_range(1, WORLD):
+            header = tl.load(heap_ptr + (rank + i) % WORLD) + header_offset + ((epoch & 1) * WORLD + rank) * 8
+            tl.store(header.to(tl.pointer_type(tl.int64)), call_word(epoch, call_hash))
+    return epoch
+
+
+@triton.jit
+def count_in(control_ptr, epoch):
+    """Join the CTA and count it among those that have read the epoch; the last one advances it."""
+    tl.inline_asm_elementwise(_ENTER, "=r,l,l", [control_ptr.to(tl.int64), epoch], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def waiter(op, rank, peer, tile_id):
+    """Who waits for whom and where, packed for the record of a failed wait."""
+    zero = tl.full((), 0, tl.int64)  # widens Python ints and i32 alike
+    return ((zero + op) << 48) | ((zero + rank) << 40) | ((zero + peer) << 32) | (zero + tile_id)
+
+
+@triton.jit
+def notify(slot, word):
+    """Publish all that the CTA has stored: CTA barrier, then `*slot = word` by one thread, release, system scope.
+
+    slot: int64 address of a 64-bit slot (ours or a peer's). word: int64. All threads of the CTA must call it.
+    """
+    return tl.inline_asm_elementwise(_NOTIFY, "=r,l,l", [slot, word], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait(slot, word, timeout_ns, control_ptr, record_ptr, who):
+    """Sleep until the slot holds the epoch of `word` or a later one; acquire, system scope; then a CTA barrier.
+
+    slot: int64 address in our own memory. who: from `waiter`. Returns OK, or why the data must not be used, equal in all threads.
+    """
+    return tl.inline_asm_elementwise(
+        _WAIT,
+        "=r,l,l,l,l,l,l",
+        [slot, word, tl.full((), 0, tl.int64) + timeout_ns, control_ptr.to(tl.int64), record_ptr.to(tl.int64), who],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_each(slots, word, timeout_ns, control_ptr, record_ptr, who):
+    """`wait` for a block of slots at once, one a thread. Returns the worst status, equal in all threads.
+
+    slots, who: int64 blocks of equal shape, 32 * num_warps elements.
+    """
+    status = tl.inline_asm_elementwise(
+        _WAIT_EACH,
+        "=r,l,l,l,l,l,l",
+        [slots, word, tl.full((), 0, tl.int64) + timeout_ns, control_ptr.to(tl.int64), record_ptr.to(tl.int64), who],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    return tl.max(status, axis=0)
+
+
+@triton.jit
+def consume_token(value, token):
+    """Tie `value` to a wait, as in Triton-Distributed. Stock Triton keeps the order of an impure `wait` by itself, so this is `value`."""
+    return value
+
+
+@triton.jit
+def notify_all(heap_ptr, offset, word, rank, WORLD: tl.constexpr):
+    """`notify` the slot at `offset` of every peer's arena; the CTA barrier is passed once a peer."""
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        notify(tl.load(heap_ptr + peer) + offset, word)
+
+
+@triton.jit
+def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
+    """End a call that has used staging or result: the last CTA tells every peer that all our loads of this call are over.
+
+    `done[rank]` at a peer is what lets that peer overwrite, in its next call, what we have read in this one.
+    """
+    tl.debug_barrier()
+    ended = tl.atomic_add(control_ptr + LEFT, 1, sem="acq_rel", scope="gpu")
+    if ended == tl.num_programs(0) - 1:
+        tl.store(control_ptr + LEFT, 0)
+        tl.store(control_ptr + STAGED, epoch)
+        notify_all(heap_ptr, done_offset + rank * 8, epoch << 16, rank, WORLD)
+
+
+@triton.jit
+def wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, op, rank, WORLD: tl.constexpr):
+    """Wait until every peer has left the last call that used staging and result, before writing there. Usually long true."""
+    status = 0
+    staged = tl.load(control_ptr + STAGED)
+    own = tl.load(heap_ptr + rank) + done_offset
+    for i in tl.static_range(1, WORLD):
+        peer = (rank + i) % WORLD
+        seen = wait(own + peer * 8, staged << 16, timeout_ns, control_ptr, record_ptr, waiter(op, rank, peer, 0))
+        status = tl.maximum(status, seen)
+    return status
+
+
+# ---- the CPU's stand-ins: the same words, spelled with the interpreter's atomics
+
+
+
+
+def _slot(address):
+    return as_tensor(address, tl.int64).to(tl.pointer_type(tl.int64))
+
+
+@cpu_impl(notify)
+def _notify_cpu(slot, word):
+    program_state().barrier()  # the one inside the primitive
+    tl.atomic_xchg(_slot(value_of(slot)), word, sem="release", scope="sys")
+    return as_tensor(0, tl.int32)
+
+
+@cpu_impl(count_in)
+def _count_in_cpu(control_ptr, epoch):
+    control = address_of(control_ptr)
+    count = tl.atomic_add(_slot(control + 8 * ENTERED.value), as_tensor(1, tl.int64), sem="acq_rel", scope="gpu")
+    if value_of(count) == program_state().grid_size[0] - 1:
+        _poke(control + 8 * ENTERED.value, 0)
+        _poke(control + 8 * EPOCH.value, value_of(epoch))
+
+
+def _peek(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
+def _poke(address: int, value: int) -> None:
+    ctypes.c_int64.from_address(address).value = value
+
+
+def _report(control: int, record: int, code: int, who: int, wanted: int, seen: int) -> int:
+    """Write the record once a group, and mark the group as failed."""
+    if value_of(tl.atomic_cas(_slot(control + 8 * REPORTER.value), as_tensor(0, tl.int64), as_tensor(1, tl.int64))) == 0:
+        words = (code, who >> 48, (who >> 40) & 255, (who >> 32) & 255, who & 0xFFFFFFFF, wanted, seen)
+        for i, word in enumerate(words):
+            _poke(record + 16 + 8 * i, word)
+        _poke(record + 8, 2)
+    _poke(control + 8 * FAILED.value, 1)
+    return code
+
+
+def _header(control: int, wanted: int, who: int) -> int:
+    parity, peer = wanted >> 16 & 1, who >> 32 & 255
+    return _peek(_peek(control + 8 * HEADERS.value) + parity * _peek(control + 8 * HEADERS_BYTES.value) + 8 * peer)
+
+
+def _poll(address: int, wanted: int, timeout_ns: int, control: int, record: int, who: int) -> int:
+    slot, zero = _slot(address), as_tensor(0, tl.int64)
+    started, polls = time.monotonic_ns(), 0
+    while True:
+        seen = value_of(tl.atomic_add(slot, zero, sem="acquire", scope="sys"))
+        if seen >> 16 >= wanted >> 16:
+            mismatched = seen >> 16 == wanted >> 16 and seen != wanted
+            return _report(control, record, MISMATCH.value, who, wanted, seen) if mismatched else OK.value
+        polls += 1
+        pause(polls)
+        if polls % 64 == 0:
+            program_state().check_stop()
+            if _peek(control + 8 * FAILED.value):
+                return ABORTED.value
+            header = _header(control, wanted, who)
+            if wanted & 0xFFFF and header >> 16 == wanted >> 16 and header != wanted:
+                return _report(control, record, MISMATCH.value, who, wanted, header)
+            if _peek(record):
+                return _report(control, record, ABORTED.value, who, wanted, seen)
+            if timeout_ns and time.monotonic_ns() - started > timeout_ns:
+                return _report(control, record, TIMEOUT.value, who, wanted, seen)
+
+
+@cpu_impl(wait)
+def _wait_cpu(slot, word, timeout_ns, control_ptr, record_ptr, who):
+    control, record = address_of(control_ptr), address_of(record_ptr)
+    status = _poll(value_of(slot), value_of(word), value_of(timeout_ns), control, record, value_of(who))
+    return as_tensor(status, tl.int32)
+
+
+@cpu_impl(wait_each)
+def _wait_each_cpu(slots, word, timeout_ns, control_ptr, record_ptr, who):
+    control, record = address_of(control_ptr), address_of(record_ptr)
+    waits = zip(slots.handle.data.tolist(), who.handle.data.tolist(), strict=True)
+    limit, wanted = value_of(timeout_ns), value_of(word)
+    status = max(_poll(slot, wanted, limit, control, record, one) for slot, one in waits)
+    return as_tensor(status, tl.int32)

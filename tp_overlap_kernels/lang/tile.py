@@ -1,0 +1,58 @@
+"""Tiles: which rows and columns a tile_id stands for, and how a tile is loaded and stored.
+
+Ownership: rank r owns the rows [r * c, min(M, (r + 1) * c)) with c = ceil(M / WORLD). Every owner's block of rows is tiled by itself, so
+that a tile never has two owners, whatever M is. A tile past the end of a short block has no rows: it is masked, signalled as all others
+are, and costs one tile of time on a ragged last rank.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pivot(step, tiles_per_owner, rank, WORLD: tl.constexpr):
+    """Launch order of the owners: rank + 1, rank + 2, ..., own rows last. No two ranks push to the same peer at once.
+
+    Returns (owner, tile_id within the owner's block).
+    """
+    owner = (rank + 1 + step // tiles_per_owner) % WORLD
+    return owner, step % tiles_per_owner
+
+
+@triton.jit
+def swizzle(tile_id, m_tiles, n_tiles, GROUP_M: tl.constexpr):
+    """Grouped order for reuse in L2: GROUP_M tiles down before the next column. Returns (m, n) in tiles."""
+    per_group = GROUP_M * n_tiles
+    first_m = (tile_id // per_group) * GROUP_M
+    height = tl.minimum(m_tiles - first_m, GROUP_M)
+    m = first_m + (tile_id % per_group) % height
+    n = (tile_id % per_group) // height
+    return m, n
+
+
+@triton.jit
+def offsets(row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row and column indices of a tile: (BLOCK_M,) and (BLOCK_N,)."""
+    return row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def store(ptr, value, rows, cols, row_end, col_end, pitch):
+    """Store a tile at ptr[row * pitch + col], rows < row_end and cols < col_end only. 16-byte stores where ptr, pitch and N allow."""
+    mask = (rows < row_end)[:, None] & (cols < col_end)[None, :]
+    tl.store(ptr + rows.to(tl.int64)[:, None] * pitch + cols[None, :], value, mask=mask)
+
+
+@triton.jit
+def load(ptr, rows, cols, row_end, col_end, pitch):
+    """Load a tile from ptr[row * pitch + col], 0 outside; the counterpart of `store`."""
+    mask = (rows < row_end)[:, None] & (cols < col_end)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * pitch + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_bias(bias_ptr, cols, N, HAS_BIAS: tl.constexpr):
+    """(BLOCK_N,) f32: the bias of these columns, or 0."""
+    if HAS_BIAS:
+        return tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    return tl.zeros_like(cols).to(tl.float32)

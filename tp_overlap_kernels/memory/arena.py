@@ -1,0 +1,248 @@
+"""The arena: all symmetric memory and all state of one process group, made by `init`, shared by every layer and op, freed by `close`.
+
+Nothing here grows by itself: a call with M above max_M runs in row chunks. A larger arena is another `init`, outside graph capture.
+"""
+
+import logging
+import os
+import socket
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import settings
+from ..dispatch import Table, Topology, load
+from ..errors import InvalidInput, NotInitialised, PeerDied, UnsupportedTopology
+from . import store as stores
+from .layout import MAX_WORLD_SIZE, Layout, layout
+from .record import Record
+from .topology import device_of, native_library, ranks_on_same_device
+from .watch import Watch
+
+log = logging.getLogger(__name__)
+
+LOCAL_GROUP = "local"  # name of the group of one rank, where torch.distributed is not initialised
+CONTROL_WORDS = 64
+SENTINEL_WORD = -0x7FFF8000  # 0x80008000: two negative zeros, which no sender sends
+
+
+@dataclass
+class Arena:
+    """One group's memory and state, as this rank sees it.
+
+    heap: int64 [W] on the device, the arena bases of all ranks. control: int64 [64] on the device, local (words in lang.signal).
+    """
+
+    group_name: str
+    group: dist.ProcessGroup | None
+    rank: int
+    world_size: int
+    device: torch.device
+    layout: Layout
+    store: stores.Store
+    heap: torch.Tensor
+    control: torch.Tensor
+    record: Record
+    timeout_s: float
+    topology: Topology
+    table: Table | None
+    watch: Watch | None = None
+    programs: int = 3  # most programs of a grid: one an SM; a few threads where kernels are interpreted
+    side_streams: list[Any] = field(default_factory=list)  # made at init: capture may not create them
+    cache: dict[Any, Any] = field(default_factory=dict)  # plans and compiled kernels; dies with the arena
+
+    @property
+    def timeout_ns(self) -> int:
+        return int(self.timeout_s * 1e9)
+
+    def check(self) -> None:
+        """Raise if the group has failed; costs a look at one word of host memory."""
+        if self.record.failed:
+            self.fail()
+
+    def fail(self) -> None:
+        """Raise what the record says."""
+        dead = self.watch.dead if self.watch else {}
+        wait = self.record.read()
+        if wait is not None:
+            raise wait.error(self.group_name, self.timeout_s, dead)
+        who = ", ".join(f"rank {rank} (pid {pid})" for rank, pid in sorted(dead.items()))
+        raise PeerDied(
+            f"group {self.group_name!r} of rank {self.rank}: the process of {who} has ended. "
+            "close() and init() over the ranks that are left make a new group."
+        )
+
+    def address(self, offset: int) -> int:
+        """Address of the byte `offset` of our own arena."""
+        return self.store.bases[self.rank] + offset
+
+    def view(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over a peer's (or our own) arena."""
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        return self.store.peer_buffer(rank)[offset : offset + nbytes].view(dtype).view(shape)
+
+    def release(self) -> None:
+        """Give everything back. No collective: a peer may be gone."""
+        if self.watch:
+            self.watch.close()
+        self.cache.clear()
+        self.store.close()
+
+
+_arenas: dict[str, Arena] = {}
+_lock = threading.Lock()
+
+
+def get(group_name: str, op: str = "tp_overlap") -> Arena:
+    """The arena of a group. Errors: NotInitialised gives the call to make."""
+    arena = _arenas.get(group_name)
+    if arena is None:
+        known = ", ".join(repr(name) for name in _arenas) or "none"
+        raise NotInitialised(
+            f"{op}: group {group_name!r} has no arena (initialised: {known}). "
+            "Call tp_overlap_kernels.init(group, max_M=..., max_N=...) on every rank of it first."
+        )
+    return arena
+
+
+def find(group_name: str) -> Arena | None:
+    """The arena of a group, or None."""
+    return _arenas.get(group_name)
+
+
+def all_arenas() -> list[Arena]:
+    """Every arena of this process."""
+    return list(_arenas.values())
+
+
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """The name by which ops find the group."""
+    if group is None:
+        return dist.group.WORLD.group_name if dist.is_initialized() else LOCAL_GROUP
+    return group.group_name
+
+
+def create(
+    group: dist.ProcessGroup | None, max_M: int, max_N: int, dtype: torch.dtype, store: str, backend: str
+) -> Arena:
+    """Make and register the arena of a group. Collective; every rank must give equal sizes.
+
+    Errors: InvalidInput where ranks disagree (each rank's values are shown), UnsupportedTopology where the store cannot serve.
+    """
+    if group is None and dist.is_initialized():
+        group = dist.group.WORLD
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    if world_size > MAX_WORLD_SIZE:
+        raise UnsupportedTopology(f"init: world sizes 1 to {MAX_WORLD_SIZE} are supported, got {world_size}.")
+    device = device_of(store)
+    plan = layout(max_M, max_N, dtype.itemsize, world_size)
+    kind = stores.pick(store, device, world_size)
+    table = load(settings().table, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world_size)
+    mine = {
+        "max_M": max_M,
+        "max_N": max_N,
+        "itemsize": dtype.itemsize,
+        "store": kind,
+        "device": device.type,
+        "host": socket.gethostname(),
+        "table": table.digest() if table else None,
+        "plan": settings().plan,
+        "native": native_library(device),
+    }
+    cards = _agree(mine, group, world_size, device)
+    symmetric = stores.create(kind, plan.total_bytes, device, group)
+    symmetric.buffer[: plan.pads_bytes].zero_()
+    _fill_sentinel(symmetric.buffer, plan)
+    topology = Topology(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        backend="cuda" if device.type == "cuda" else backend,
+        world_size=world_size,
+        ranks_per_device=ranks_on_same_device(cards),
+        native=all(card["native"] for card in cards),
+        one_shot_bytes=plan.one_shot_bytes,
+        sentinel_bytes=plan.sentinel_bytes,
+    )
+    record = Record(device)
+    arena = Arena(
+        group_name=name_of(group),
+        group=group,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        layout=plan,
+        store=symmetric,
+        heap=torch.tensor(symmetric.bases, dtype=torch.int64, device=device),
+        control=_control(symmetric.bases[rank] + plan.header, world_size, device),
+        record=record,
+        timeout_s=settings().timeout_s,
+        topology=topology,
+        table=table,
+        programs=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3,
+        side_streams=[torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [],
+    )
+    pids = {peer: card["pid"] for peer, card in enumerate(cards) if peer != rank}
+    arena.watch = Watch(record, pids, lambda: _describe(arena)) if world_size > 1 else None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if group is not None:
+        dist.barrier(group)  # no rank signals before every pad is zero
+    with _lock:
+        _arenas[arena.group_name] = arena
+    if rank == 0:
+        log.info("%s: %d bytes of %s memory, topology %s", arena.group_name, plan.total_bytes, kind, topology)
+    return arena
+
+
+def destroy(arena: Arena) -> None:
+    """Unregister and free an arena. Collective, unless the group has failed: then nobody is waited for."""
+    with _lock:
+        _arenas.pop(arena.group_name, None)
+    if arena.device.type == "cuda":
+        torch.cuda.synchronize(arena.device)
+    if arena.group is not None and not arena.record.failed and dist.is_initialized():
+        dist.barrier(arena.group)  # no peer is still writing into what we unmap
+    arena.release()
+
+
+def _describe(arena: Arena) -> str:
+    wait = arena.record.read()
+    return str(wait.error(arena.group_name, arena.timeout_s, arena.watch.dead if arena.watch else {})) if wait else ""
+
+
+def _agree(mine: dict[str, Any], group: dist.ProcessGroup | None, world_size: int, device: torch.device) -> list[Any]:
+    """Exchange what all ranks must share, and refuse on every rank where they do not."""
+    mine = mine | {"pid": os.getpid(), "device_id": _device_id(device)}
+    if group is None:
+        return [mine]
+    cards: list[Any] = [None] * world_size
+    dist.all_gather_object(cards, mine, group=group)
+    for key in ("max_M", "max_N", "itemsize", "store", "device", "host", "table", "plan"):
+        values = [card[key] for card in cards]
+        if any(value != values[0] for value in values):
+            raise InvalidInput(
+                f"init: all ranks must agree on {key}, got {values} (by rank). "
+                "Call init with equal arguments and settings on every rank of the group."
+            )
+    return cards
+
+
+def _device_id(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu:{os.getpid()}"  # CPU ranks share no SMs
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _control(headers: int, world_size: int, device: torch.device) -> torch.Tensor:
+    words = torch.zeros(CONTROL_WORDS, dtype=torch.int64)
+    words[8], words[9] = headers, world_size * 8  # lang.signal.HEADERS, HEADERS_BYTES
+    return words.to(device)
+
+
+def _fill_sentinel(buffer: torch.Tensor, plan: Layout) -> None:
+    if plan.sentinel_bytes:
+        buffer[plan.sentinel : plan.one_shot].view(torch.int32).fill_(SENTINEL_WORD)

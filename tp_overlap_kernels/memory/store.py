@@ -1,0 +1,144 @@
+"""Where symmetric bytes come from: one interface, three stores.
+
+| store         | ranks are                  | memory                                                            |
+| ------------- | -------------------------- | ----------------------------------------------------------------- |
+| LocalStore    | one rank alone             | a plain tensor                                                     |
+| SharedMemory  | processes on CPUs          | an unnamed file (memfd, mode 0600) that each peer maps             |
+| SymmetricMemory | processes on CUDA devices | torch.distributed._symmetric_memory, peers through NVLink or PCIe  |
+
+A store gives `buffer` (uint8 tensor: our own arena), `bases` (address of every rank's arena as seen from here), `peer_buffer(rank)` and
+`close()`. Creating and closing are collective over the group; nothing named is left behind by a crash.
+"""
+
+import mmap
+import os
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UnsupportedTopology
+
+
+class Store(Protocol):
+    """Symmetric bytes of one group, as one rank sees them."""
+
+    name: str
+    buffer: torch.Tensor
+    bases: list[int]
+
+    def peer_buffer(self, rank: int) -> torch.Tensor:
+        """uint8 view of a peer's arena; valid until close()."""
+        ...
+
+    def close(self) -> None:
+        """Give up this rank's mappings. The caller has made sure that no peer is still using them."""
+        ...
+
+
+class LocalStore:
+    """One rank, nothing to share."""
+
+    name = "local"
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self.bases = [self.buffer.data_ptr()]
+
+    def peer_buffer(self, rank: int) -> torch.Tensor:
+        return self.buffer
+
+    def close(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+
+class SharedMemoryStore:
+    """CPU processes of one host: each rank makes an unnamed file and maps those of its peers.
+
+    The files are found as /proc/<pid>/fd/<fd>, which only the same user may open; they vanish with the last process that maps them.
+    Pages are taken when touched, so a large arena costs a small test nothing.
+    """
+
+    name = "shm"
+
+    def __init__(self, nbytes: int, group: dist.ProcessGroup):
+        self._fd = os.memfd_create("tp_overlap_kernels", os.MFD_CLOEXEC)
+        os.fchmod(self._fd, 0o600)
+        os.ftruncate(self._fd, nbytes)
+        cards: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(group)
+        dist.all_gather_object(cards, (os.getpid(), self._fd), group=group)
+        self._maps = [self._map(pid, fd, nbytes, rank) for rank, (pid, fd) in enumerate(cards)]
+        self._views = [torch.frombuffer(m, dtype=torch.uint8) for m in self._maps]
+        self.buffer = self._views[dist.get_rank(group)]
+        self.bases = [view.data_ptr() for view in self._views]
+        dist.barrier(group)  # every rank has mapped every file: the descriptors may go
+        os.close(self._fd)
+
+    def _map(self, pid: int, fd: int, nbytes: int, rank: int) -> mmap.mmap:
+        path = f"/proc/{pid}/fd/{fd}"
+        try:
+            opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as reason:
+            raise UnsupportedTopology(
+                f"init: cannot open the shared memory of rank {rank} ({path}): {reason.strerror}. "
+                "The ranks must run on one host, in one PID namespace and as one user."
+            ) from reason
+        try:
+            return mmap.mmap(opened, nbytes)
+        finally:
+            os.close(opened)
+
+    def peer_buffer(self, rank: int) -> torch.Tensor:
+        return self._views[rank]
+
+    def close(self) -> None:
+        # A mapping goes when the last tensor over it does: results never alias it, so that is here.
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self._views, self._maps = [], []
+
+
+class SymmetricMemoryStore:
+    """CUDA devices that reach each other: torch symmetric memory, one allocation and one rendezvous."""
+
+    name = "symm_mem"
+
+    def __init__(self, nbytes: int, device: torch.device, group: dist.ProcessGroup):
+        import torch.distributed._symmetric_memory as symm_mem
+
+        self.buffer = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
+        self._handle = symm_mem.rendezvous(self.buffer, group.group_name)
+        self.bases = [int(p) for p in self._handle.buffer_ptrs]
+        self._nbytes = nbytes
+
+    def peer_buffer(self, rank: int) -> torch.Tensor:
+        return self._handle.get_buffer(rank, (self._nbytes,), torch.uint8, 0)
+
+    def close(self) -> None:
+        self._handle = None
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+
+def pick(store: str, device: torch.device, world_size: int) -> str:
+    """The store that `auto` means here, or the one named, if it can serve.
+
+    Errors: UnsupportedTopology says which store serves instead.
+    """
+    default = "local" if world_size == 1 else ("symm_mem" if device.type == "cuda" else "shm")
+    if store in ("auto", default):
+        return default
+    if store not in ("symm_mem", "shm", "local"):
+        raise UnsupportedTopology(f"init: unknown store {store!r}. Give auto, symm_mem, shm or local.")
+    if world_size == 1 and not (store == "symm_mem" and device.type == "cpu"):
+        return "local"
+    raise UnsupportedTopology(
+        f"init: store {store!r} cannot serve {world_size} ranks on {device.type}. Use store={default!r} or 'auto'."
+    )
+
+
+def create(store: str, nbytes: int, device: torch.device, group: dist.ProcessGroup | None) -> Store:
+    """Make the store named by `pick`. Collective over `group`."""
+    if store == "local" or group is None:
+        return LocalStore(nbytes, device)
+    if store == "shm":
+        return SharedMemoryStore(nbytes, group)
+    return SymmetricMemoryStore(nbytes, device, group)

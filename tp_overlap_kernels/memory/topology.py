@@ -1,0 +1,27 @@
+"""What this process and its device can do. Looks, never probes what the machine has switched off."""
+
+import collections
+
+import torch
+
+from .. import native
+
+
+def device_of(store: str) -> torch.device:
+    """The device whose tensors the group's ops take: the current CUDA device where there is one, unless the store is for CPUs.
+
+    A gloo group with CUDA present still means CUDA: several ranks may share a device, which NCCL refuses.
+    """
+    if store == "shm":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def native_library(device: torch.device) -> bool:
+    """Whether the CUDA kernels of csrc serve this device (sm_90 machine code)."""
+    return device.type == "cuda" and native.available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def ranks_on_same_device(cards: list[dict]) -> int:
+    """How many ranks share the busiest device, by UUID: an index means nothing under CUDA_VISIBLE_DEVICES."""
+    return max(collections.Counter(card["device_id"] for card in cards).values())

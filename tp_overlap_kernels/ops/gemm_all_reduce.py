@@ -1,0 +1,105 @@
+"""gemm_all_reduce(a, b, group_name, bias): a row-parallel linear layer as one op. See `gemm_all_reduce` below for the contract."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Plan
+from ..memory.arena import Arena
+from . import reference
+from .all_reduce import sum_into
+from .checks import check_arena, check_gemm, check_out
+from .execute import plan_for, settle, warn_chunked
+from .library import register
+
+OP = "gemm_all_reduce"
+
+
+def gemm_all_reduce(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:
+    """Equals `unfused.gemm_all_reduce(a, b, group, bias)`: the sum over the ranks of a @ b.T, plus bias once.
+
+    a: [..., K], this rank's slice of the input; any strides and offset. b: [N, K], this rank's slice of the weight, as nn.Linear lays it
+    out. bias: [N] or None, equal on all ranks. bf16 or fp16, all of one dtype, on the group's device. Any number of rows M >= 0, any N up
+    to max_N, any K.
+    Returns a fresh contiguous tensor [..., N]: it aliases neither an input nor the arena. Every rank holds the same bits.
+    Rounding: f32 over K and over ranks; the kernel's file says where a partial is rounded.
+    All ranks of the group call the same ops in the same order with equal M, N, K, dtype and presence of bias, one call in flight a group.
+    M above max_M runs in row chunks.
+    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on the CPU this one).
+    """
+    check_gemm(OP, a, b, bias)
+    arena = check_arena(OP, group_name, a, b.shape[0])
+    out = torch.empty((*a.shape[:-1], b.shape[0]), dtype=a.dtype, device=a.device)
+    _run(arena, a, b, bias, out)
+    return out
+
+
+def gemm_all_reduce_out(a: Tensor, b: Tensor, group_name: str, out: Tensor, bias: Tensor | None = None) -> None:
+    """`gemm_all_reduce` into `out`: contiguous [..., N], a's dtype, overlapping no input."""
+    check_gemm(OP, a, b, bias)
+    check_out(OP, out, a, (*a.shape[:-1], b.shape[0]))
+    _run(check_arena(OP, group_name, a, b.shape[0]), a, b, bias, out)
+
+
+def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    N, K = b.shape
+    if out.numel() == 0:
+        return
+    if K == 0:
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    a, out = a.reshape(-1, K), out.view(-1, N)
+    M = a.shape[0]
+    plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
+    if plan.name in ("local", "ref") or plan.name.startswith("unfused_"):
+        _unfused(arena, plan, a, b, bias, out, word)
+    else:
+        _fused(arena, plan, a, b, bias, out, word)
+    settle(arena)
+
+
+def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:
+    from . import launches
+    from .chunked import gemm_all_reduce_chunked
+
+    run = {
+        "one_shot": launches.gemm_all_reduce_one_shot,
+        "two_shot": launches.gemm_all_reduce_two_shot,
+        "chunked": gemm_all_reduce_chunked,
+    }[plan.name]
+    M, limit = a.shape[0], launches.rows_that_fit(arena, plan, b.shape[0], a.element_size())
+    if M <= limit:
+        run(arena, plan, a, b, bias, out, word)
+        return
+    if M > arena.layout.max_M:
+        warn_chunked(arena, OP, M, limit)
+    for row in range(0, M, limit):
+        run(arena, plan, a[row : row + limit], b, bias, out[row : row + limit], word)
+
+
+def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:
+    """cuBLAS, then an all-reduce. The bias enters rank 0's product, in f32, so that it is added once."""
+    if bias is not None and arena.rank == 0:
+        torch.addmm(bias, a, b.t(), out=out)
+    else:
+        torch.mm(a, b.t(), out=out)
+    if plan.name == "ref":
+        reference.all_reduce(arena, out.view(-1), out.view(-1), word)
+    elif plan.name != "local":
+        sum_into(arena, Plan(plan.name.removeprefix("unfused_")), out.view(-1), out.view(-1), word)
+
+
+def _fake(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:
+    check_gemm(OP, a, b, bias)
+    return torch.empty((*a.shape[:-1], b.shape[0]), dtype=a.dtype, device=a.device)
+
+
+def _fake_out(a: Tensor, b: Tensor, group_name: str, out: Tensor, bias: Tensor | None = None) -> None:
+    check_gemm(OP, a, b, bias)
+
+
+register("gemm_all_reduce(Tensor a, Tensor b, str group_name, Tensor? bias=None) -> Tensor", gemm_all_reduce, _fake)
+register(
+    "gemm_all_reduce_out(Tensor a, Tensor b, str group_name, Tensor(a!) out, Tensor? bias=None) -> ()",
+    gemm_all_reduce_out,
+    _fake_out,
+)

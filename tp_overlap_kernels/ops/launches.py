@@ -1,0 +1,250 @@
+"""From a plan to a launch: the arguments of each kernel, taken from the problem and from the group's arena.
+
+One function a kernel. Each takes tensors that have been checked, contiguous outputs, and calls that fit the arena (`rows_that_fit`).
+"""
+
+import triton.language as tl
+from torch import Tensor, bfloat16
+
+from ..dispatch import Plan
+from ..kernels.all_reduce_one_shot_push import all_reduce_one_shot_push
+from ..kernels.all_reduce_two_shot_push import all_reduce_two_shot_push
+from ..kernels.gemm_all_reduce_one_shot_push import gemm_all_reduce_one_shot_push
+from ..kernels.gemm_all_reduce_two_shot_push import gemm_all_reduce_two_shot_push
+from ..kernels.gemm_reduce_scatter_push import gemm_reduce_scatter_push
+from ..kernels.reduce_scatter_push import reduce_scatter_push
+from ..lang.launch import Launch, specialisation
+from ..memory.arena import Arena
+from ..memory.layout import align_down, align_up, pitch, rows_per_rank
+from .operands import describe
+
+COPY_BLOCK = 4096  # elements of a block in kernels that only move and add: 16 a thread
+
+
+def _launch(arena: Arena, kernel, key: tuple, **meta) -> Launch:
+    key = (kernel.fn, key, tuple(meta.items()))
+    launch = arena.cache.get(key)
+    if launch is None:
+        launch = arena.cache[key] = Launch(kernel, meta, arena.device.type == "cpu")
+    return launch
+
+
+def _triton_dtype(x: Tensor) -> tl.dtype:
+    return tl.bfloat16 if x.dtype == bfloat16 else tl.float16
+
+
+def _tiles(plan: Plan, grouped: bool = True) -> dict[str, int]:
+    meta = {"BLOCK_M": plan.get("block_m"), "BLOCK_N": plan.get("block_n"), "BLOCK_K": plan.get("block_k")}
+    if grouped:
+        meta["GROUP_M"] = plan.get("group_m")
+    return meta | {"num_warps": plan.get("num_warps"), "num_stages": plan.get("num_stages")}
+
+
+def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
+    """The most rows that one launch of this plan can take; a larger call runs in chunks. Equal on all ranks."""
+    room = arena.layout
+    if plan.name == "one_shot":
+        by_flags = room.one_shot_tiles // -(-N // plan.get("block_n")) * plan.get("block_m")
+        return min(room.one_shot_bytes // (pitch(N) * itemsize), by_flags)
+    if plan.name in ("two_shot", "push"):
+        tiles_down = room.tile_slots // arena.world_size // -(-N // plan.get("block_n"))
+        return min(room.max_M, tiles_down * plan.get("block_m") * arena.world_size)
+    return room.max_M
+
+
+def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
+    """The most elements that one launch of an all-reduce plan can take. Equal on all ranks."""
+    room, W = arena.layout, arena.world_size
+    if plan.name == "one_shot":
+        return min(room.one_shot_bytes // itemsize, room.one_shot_tiles * 1024)
+    if plan.name == "sentinel":
+        return room.sentinel_bytes // itemsize
+    part = align_down(room.staging_slot_bytes // itemsize, COPY_BLOCK) or room.staging_slot_bytes // itemsize
+    by_flags = room.tile_slots // W * COPY_BLOCK
+    whole = min(part, by_flags) * (W if part >= COPY_BLOCK else 1)
+    return min(whole, (room.total_bytes - room.result) // itemsize, 1 << 30)
+
+
+def gemm_all_reduce_one_shot(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+    """kernels/gemm_all_reduce_one_shot_push.py"""
+    (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
+    meta = _tiles(plan, grouped=False)
+    m_tiles, n_tiles = -(-M // meta["BLOCK_M"]), -(-N // meta["BLOCK_N"])
+    key = (N, K, specialisation(out, out if bias is None else bias))
+    launch = _launch(
+        arena, gemm_all_reduce_one_shot_push, key, WORLD=W, HAS_BIAS=bias is not None, DTYPE=_triton_dtype(a), **meta
+    )
+    launch(
+        min(m_tiles * n_tiles, arena.programs),
+        describe(a, meta["BLOCK_M"], meta["BLOCK_K"]),
+        describe(b, meta["BLOCK_N"], meta["BLOCK_K"]),
+        out if bias is None else bias,
+        out,
+        arena.heap,
+        arena.control,
+        arena.record.words,
+        room.header,
+        M,
+        N,
+        K,
+        m_tiles,
+        n_tiles,
+        pitch(N),
+        N,
+        room.one_shot_flags,
+        room.one_shot,
+        room.one_shot_bytes,
+        room.one_shot_tiles * W * 8,
+        word,
+        arena.rank,
+        arena.timeout_ns,
+    )
+
+
+def _gemm_staged(arena: Arena, plan: Plan, kernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int, *pads):
+    (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
+    meta = _tiles(plan)
+    rows = rows_per_rank(M, W)
+    m_tiles, n_tiles = -(-rows // meta["BLOCK_M"]), -(-N // meta["BLOCK_N"])
+    key = (N, K, specialisation(out, out if bias is None else bias))
+    launch = _launch(arena, kernel, key, WORLD=W, HAS_BIAS=bias is not None, DTYPE=_triton_dtype(a), **meta)
+    launch(
+        min(W * m_tiles * n_tiles, arena.programs),
+        describe(a, meta["BLOCK_M"], meta["BLOCK_K"]),
+        describe(b, meta["BLOCK_N"], meta["BLOCK_K"]),
+        out if bias is None else bias,
+        out,
+        arena.heap,
+        arena.control,
+        arena.record.words,
+        room.header,
+        M,
+        N,
+        K,
+        rows,
+        m_tiles,
+        n_tiles,
+        pitch(N),
+        N,
+        *pads,
+        word,
+        arena.rank,
+        arena.timeout_ns,
+    )
+
+
+def gemm_all_reduce_two_shot(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+    """kernels/gemm_all_reduce_two_shot_push.py"""
+    room = arena.layout
+    pads = (room.done, room.partial_flags, room.result_flags, room.staging, room.staging_slot_bytes, room.result)
+    _gemm_staged(arena, plan, gemm_all_reduce_two_shot_push, a, b, bias, out, word, *pads)
+
+
+def gemm_reduce_scatter(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+    """kernels/gemm_reduce_scatter_push.py"""
+    room = arena.layout
+    pads = (room.done, room.partial_flags, room.staging, room.staging_slot_bytes)
+    _gemm_staged(arena, plan, gemm_reduce_scatter_push, a, b, bias, out, word, *pads)
+
+
+def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
+    """kernels/all_reduce_one_shot_push.py; x and out flat."""
+    n, W, room = x.numel(), arena.world_size, arena.layout
+    block = 1024 if n <= 128 * 1024 else COPY_BLOCK
+    launch = _launch(
+        arena,
+        all_reduce_one_shot_push,
+        specialisation(x, out, n),
+        WORLD=W,
+        DTYPE=_triton_dtype(x),
+        BLOCK=block,
+        num_warps=4 if block == 1024 else 8,
+    )
+    launch(
+        min(-(-n // block), arena.programs),
+        x,
+        out,
+        arena.heap,
+        arena.control,
+        arena.record.words,
+        room.header,
+        n,
+        room.one_shot_flags,
+        room.one_shot,
+        room.one_shot_bytes,
+        room.one_shot_tiles * W * 8,
+        word,
+        arena.rank,
+        arena.timeout_ns,
+    )
+
+
+def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
+    """kernels/all_reduce_two_shot_push.py; x and out flat."""
+    n, W, room = x.numel(), arena.world_size, arena.layout
+    part = align_up(rows_per_rank(n, W), COPY_BLOCK)
+    launch = _launch(
+        arena,
+        all_reduce_two_shot_push,
+        specialisation(x, out, n),
+        WORLD=W,
+        DTYPE=_triton_dtype(x),
+        BLOCK=COPY_BLOCK,
+        num_warps=8,
+    )
+    launch(
+        min(part // COPY_BLOCK, arena.programs),
+        x,
+        out,
+        arena.heap,
+        arena.control,
+        arena.record.words,
+        room.header,
+        n,
+        part,
+        room.done,
+        room.partial_flags,
+        room.result_flags,
+        room.staging,
+        room.staging_slot_bytes,
+        room.result,
+        word,
+        arena.rank,
+        arena.timeout_ns,
+    )
+
+
+def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, word: int):
+    """kernels/reduce_scatter_push.py; x: [M, N] contiguous, out: our rows of it."""
+    (M, N), W, room = x.shape, arena.world_size, arena.layout
+    part = rows_per_rank(M, W) * N
+    launch = _launch(
+        arena,
+        reduce_scatter_push,
+        (N, specialisation(x, out, out if bias is None else bias, M * N, part)),
+        WORLD=W,
+        HAS_BIAS=bias is not None,
+        DTYPE=_triton_dtype(x),
+        BLOCK=COPY_BLOCK,
+        num_warps=8,
+    )
+    launch(
+        min(-(-part // COPY_BLOCK), arena.programs),
+        x,
+        out if bias is None else bias,
+        out,
+        arena.heap,
+        arena.control,
+        arena.record.words,
+        room.header,
+        M * N,
+        part,
+        N,
+        room.done,
+        room.partial_flags,
+        room.staging,
+        room.staging_slot_bytes,
+        word,
+        arena.rank,
+        arena.timeout_ns,
+    )

@@ -1,0 +1,83 @@
+"""The `ref` backend: what a laptop runs. torch.mm, then a sum over the symmetric memory of CPU ranks, in rank order in f32.
+
+Each rank writes its partial into one half of its own arena, raises its header slot there, waits for the headers of its peers and adds
+all partials. Fresh: a header is written after the data (x86-64 keeps the order of stores, and of loads; elsewhere use `interp`, whose
+signals are atomics). Reuse: call e writes half e & 1; entering e means that every peer has entered e - 1, hence ended e - 2, whose data
+lay there. Live: each rank raises its header before it waits.
+"""
+
+import ctypes
+import platform
+import time
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedTopology
+from ..memory.arena import Arena
+from ..memory.layout import align_down, rows_per_rank
+from ..memory.record import ABORTED, MISMATCH, TIMEOUT, FailedWait
+
+EPOCH = 0  # word of arena.control, as in lang.signal
+
+
+def all_reduce(arena: Arena, x: Tensor, out: Tensor, word: int) -> None:
+    """out = the sum of x over the ranks; flat, contiguous; out may be x."""
+    for start in range(0, x.numel(), _capacity(arena, x)):
+        piece = slice(start, start + _capacity(arena, x))
+        _exchange(arena, x[piece], out[piece], 0, "all_reduce", word)
+
+
+def reduce_scatter(arena: Arena, partial: Tensor, out: Tensor, word: int) -> None:
+    """out = our rows of the sum of partial [M, N] over the ranks."""
+    M, N = partial.shape
+    c = rows_per_rank(M, arena.world_size)
+    height = max(_capacity(arena, partial) // N // arena.world_size, 1)
+    for start in range(0, c, height):
+        # the same rows of every owner's block, so that one exchange serves all owners
+        owners = range(arena.world_size)
+        parts = [partial[r * c + start : min(M, (r + 1) * c, r * c + start + height)] for r in owners]
+        before = sum(part.shape[0] for part in parts[: arena.rank])
+        target = out[start : start + height]
+        _exchange(arena, torch.cat(parts).view(-1), target.view(-1), before * N, "gemm_reduce_scatter", word)
+
+
+def _capacity(arena: Arena, x: Tensor) -> int:
+    """Elements of one half."""
+    room = arena.layout
+    return align_down((room.total_bytes - room.sentinel) // 2) // x.element_size()
+
+
+def _exchange(arena: Arena, x: Tensor, out: Tensor, first: int, op: str, word: int) -> None:
+    """out = the sum over the ranks of x[first : first + out.numel()]; every rank gives all of its x."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise UnsupportedTopology(f"{op}: the ref backend relies on x86-64's memory order. Use cpu_backend('interp').")
+    epoch = int(arena.control[EPOCH]) + 1
+    arena.control[EPOCH] = epoch
+    start = arena.layout.sentinel + (epoch & 1) * _capacity(arena, x) * x.element_size()
+    arena.view(arena.rank, start, tuple(x.shape), x.dtype).copy_(x)
+    header = arena.layout.header + ((epoch & 1) * arena.world_size) * 8
+    ctypes.c_int64.from_address(arena.store.bases[arena.rank] + header + arena.rank * 8).value = epoch << 16 | word
+    total = torch.zeros(out.shape, dtype=torch.float32)
+    for rank in range(arena.world_size):
+        if not _wait(arena, rank, arena.store.bases[rank] + header + rank * 8, epoch << 16 | word, op):
+            out.fill_(float("nan"))
+            return
+        total += arena.view(rank, start, tuple(x.shape), x.dtype)[first : first + out.numel()]
+    out.copy_(total)
+
+
+def _wait(arena: Arena, peer: int, address: int, wanted: int, op: str) -> bool:
+    slot, started, polls = ctypes.c_int64.from_address(address), time.monotonic(), 0
+    while (seen := slot.value) >> 16 < wanted >> 16:
+        polls += 1
+        time.sleep(0 if polls < 200 else 1e-4)
+        late = arena.timeout_s and time.monotonic() - started > arena.timeout_s
+        if late or arena.record.failed:
+            code = TIMEOUT if late else ABORTED
+            arena.record.write(FailedWait(code, op, arena.rank, peer, 0, wanted, seen))
+            return False
+    if seen >> 16 == wanted >> 16 and seen != wanted:
+        arena.record.write(FailedWait(MISMATCH, op, arena.rank, peer, 0, wanted, seen))
+        return False
+    return True

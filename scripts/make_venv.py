@@ -10,6 +10,7 @@ already. Needs nothing but the standard library and some pip.
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import shutil
 import site
@@ -58,7 +59,8 @@ def install(pip: list[str], *arguments: str, quiet_failure: bool = False) -> boo
     if quiet_failure:
         return subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
     print("+", " ".join(command[command.index("install") :]), flush=True)
-    return subprocess.run(command, cwd=ROOT).returncode == 0
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # of setuptools, about editable installations
+    return subprocess.run(command, cwd=ROOT, env=quiet).returncode == 0
 
 
 def main(folder: str, extras: str) -> int:

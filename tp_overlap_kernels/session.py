@@ -43,14 +43,16 @@ def init(
 ) -> GroupInfo:
     """Make the arena of a process group: all symmetric memory that the ops on this group will ever use.
 
-    group: a torch process group of 1 to 8 ranks on one host; None is the world, or one rank by itself (group_name "local") where
-    torch.distributed is not initialised. Set the CUDA device first. max_M: rows of the largest call that runs in one piece (default
-    TP_OVERLAP_MAX_TOKENS, else 8192): an engine's prefill budget. max_N: columns of the widest layer (default 8192). dtype: bf16 or fp16;
-    both run in the same arena. store: "auto", "symm_mem" (CUDA), "shm" (CPU processes), "local" (one rank).
-    Collective: every rank of the group calls it, with equal arguments and settings. Where the group has an arena already, one that is large
-    enough stays, and a smaller one is replaced, which graphs that were captured with it do not survive.
-    Errors: InvalidInput (bad sizes; ranks that disagree, with every rank's values; a larger arena asked for during graph capture),
-    UnsupportedTopology (more than 8 ranks, a store that cannot serve, several hosts).
+    group: a torch process group of 1 to 8 ranks on one host; None is the world, or one rank by itself (group_name
+    "local") where torch.distributed is not initialised. Set the CUDA device first. max_M: rows of the largest call
+    that runs in one piece (default TP_OVERLAP_MAX_TOKENS, else 8192): an engine's prefill budget. max_N: columns of
+    the widest layer (default 8192). dtype: bf16 or fp16; both run in the same arena. store: "auto", "symm_mem"
+    (CUDA), "shm" (CPU processes), "local" (one rank).
+    Collective: every rank of the group calls it, with equal arguments and settings. Where the group has an arena
+    already, one that is large enough stays, and a smaller one is replaced, which graphs that were captured with it
+    do not survive.
+    Errors: InvalidInput (bad sizes; ranks that disagree, with every rank's values; a larger arena asked for during
+    graph capture), UnsupportedTopology (more than 8 ranks, a store that cannot serve, several hosts).
     """
     max_M = settings().max_tokens if max_M is None else max_M
     max_N = DEFAULT_MAX_N if max_N is None else max_N
@@ -91,13 +93,11 @@ def check(group: dist.ProcessGroup | None = None) -> None:
     arenas.get(arenas.name_of(group), "check").check()
 
 
-def bytes_needed(
-    max_M: int, max_N: int, dtype: torch.dtype = torch.bfloat16, world_size: int | None = None
-) -> int:
+def bytes_needed(max_M: int, max_N: int, dtype: torch.dtype = torch.bfloat16, world_size: int | None = None) -> int:
     """Bytes of symmetric memory a rank that `init` will take for these sizes; pure, to be called before a KV cache is sized.
 
-    At most 2 * max_M * max_N * itemsize + 4 MiB (max_N rounded up to 16), whatever the number of layers. world_size: default that of the
-    initialised torch.distributed, else 1.
+    At most 2 * max_M * max_N * itemsize + 4 MiB (max_N rounded up to 16), whatever the number of layers.
+    world_size: default that of the initialised torch.distributed, else 1.
     """
     if world_size is None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -141,8 +141,9 @@ def explain(
 ) -> Explanation:
     """Which plan a call gets, and why: candidates, measured microseconds, what was ruled out. str() of the result is readable.
 
-    op: "gemm_all_reduce", "gemm_reduce_scatter" or "all_reduce" (then N is the number of elements). K: of one rank. With an initialised
-    group its topology counts; else `device` (a name such as "NVIDIA H200") and world_size describe one, and no GPU is needed.
+    op: "gemm_all_reduce", "gemm_reduce_scatter" or "all_reduce" (then N is the number of elements). K: of one rank.
+    With an initialised group its topology counts; else `device` (a name such as "NVIDIA H200") and world_size
+    describe one, and no GPU is needed.
     """
     arena = arenas.find(arenas.name_of(group))
     if arena is not None and device is None and world_size in (None, arena.world_size):

@@ -11,11 +11,13 @@ Bytes: a rank sends (W-1) * n*itemsize. Meant for messages up to a few hundred K
                                 X                                     v
     2. wait, add, store <------' '--> wait, add, store
 
-Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the peer's slot;
-  there one thread acquires on that slot and joins its CTA; then all load.
-Reuse (no one overwrites too early). Call e writes half e & 1, slots and flags, which were last read in call e - 2 or before. In call
-  e - 1, of whatever kind, we acquired from every peer something that it sent in e - 1, hence after the end of its e - 2.
-Live (no one waits for ever). A CTA pushes all of its blocks before it waits for any, so no wait depends on another wait.
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
+  the peer's slot; there one thread acquires on that slot and joins its CTA; then all load.
+Reuse (no one overwrites too early). Call e writes half e & 1, slots and flags, which were last read in call e - 2
+  or before. In call e - 1, of whatever kind, we acquired from every peer something that it sent in e - 1, hence
+  after the end of its e - 2.
+Live (no one waits for ever). A CTA pushes all of its blocks before it waits for any, so no wait depends on another
+  wait.
 """
 
 import triton

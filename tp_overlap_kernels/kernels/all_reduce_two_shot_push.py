@@ -13,11 +13,13 @@ Bytes: a rank sends 2 (W-1)/W * n*itemsize.
     3. wait <----------------------------- X ---------------------------------> wait
        copy the sum to out                        copy the sum to out
 
-Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the slot of that
-  block; the waiting CTA acquires on it and joins before it loads.
-Reuse (no one overwrites too early). Staging and result are written by a peer only after our `done` of the last call that used them. out may be
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
+  the slot of that block; the waiting CTA acquires on it and joins before it loads.
+Reuse (no one overwrites too early). Staging and result are written by a peer only after our `done` of the last call
+  that used them. out may be
   x: a block of x is read by us before step 2 (own part) or step 3 (other parts) stores there, by the same CTA.
-Live (no one waits for ever). The whole grid is resident, and a CTA ends step 1 before it waits in step 2, and step 2 before step 3.
+Live (no one waits for ever). The whole grid is resident, and a CTA ends step 1 before it waits in step 2, and step
+  2 before step 3.
 """
 
 import triton

@@ -1,11 +1,13 @@
-"""One-shot GEMM + all-reduce, push: each rank sends each tile of its partial to every peer, and every rank adds.
+r"""One-shot GEMM + all-reduce, push: each rank sends each tile of its partial to every peer, and every rank adds.
 
     out[M, N] = sum over r of  a_r[M, K_local] @ b_r[N, K_local].T  (+ bias)
 
-a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: (M, N), same dtype, on every rank. bias: (N,) or none.
-Rounding: f32 over K; one rounding to the wire dtype (the rank's own partial too); ranks added in order 0..W-1 in f32; bias; one last
-rounding. All ranks therefore hold the same bits.
-Bytes: a rank sends (W-1) * M*N*itemsize. Meant for small M, where a CTA streams its columns of b once and latency is the rest.
+a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: (M, N), same dtype, on every rank.
+bias: (N,) or none.
+Rounding: f32 over K; one rounding to the wire dtype (the rank's own partial too); ranks added in order 0..W-1 in
+f32; bias; one last rounding. All ranks therefore hold the same bits.
+Bytes: a rank sends (W-1) * M*N*itemsize. Meant for small M, where a CTA streams its columns of b once and latency
+is the rest.
 
     rank 0                                    rank 1                         time
     1. gemm t                                 gemm t                          |
@@ -15,13 +17,15 @@ Bytes: a rank sends (W-1) * M*N*itemsize. Meant for small M, where a CTA streams
     3. wait(t, e)  <----- acquire.sys ----'`---> wait(t, e)
        add W partials, store out[t]              add W partials, store out[t]
 
-Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the peer's slot;
-  there one thread acquires on that slot and joins its CTA; then all load.
-Reuse (no one overwrites too early). Call e writes half e & 1, slots and flags, which were last read in call e - 2 or before. In call
-  e - 1, of whatever kind, we acquired from every peer something that it sent in e - 1, hence after the end of its e - 2. Two halves
-  are enough, then, and one is not. Holds since every kernel of this package hears from every peer in every call.
-Live (no one waits for ever). Every CTA takes its tiles in rising order on every rank, and a tile waits only for the same tile of the
-  peers: the lowest tile unfinished anywhere is being computed, or can be, without any wait. The whole grid is resident.
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
+  the peer's slot; there one thread acquires on that slot and joins its CTA; then all load.
+Reuse (no one overwrites too early). Call e writes half e & 1, slots and flags, which were last read in call e - 2
+  or before. In call e - 1, of whatever kind, we acquired from every peer something that it sent in e - 1, hence
+  after the end of its e - 2. Two halves are enough, then, and one is not. Holds since every kernel of this package
+  hears from every peer in every call.
+Live (no one waits for ever). Every CTA takes its tiles in rising order on every rank, and a tile waits only for the
+  same tile of the peers: the lowest tile unfinished anywhere is being computed, or can be, without any wait. The
+  whole grid is resident.
 """
 
 import triton

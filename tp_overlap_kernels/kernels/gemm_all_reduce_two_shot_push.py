@@ -2,9 +2,11 @@
 
     out[M, N] = sum over r of  a_r[M, K_local] @ b_r[N, K_local].T  (+ bias)
 
-a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: (M, N), same dtype, on every rank. bias: (N,) or none.
-Rounding: f32 over K; a partial that travels is rounded once to the wire dtype, the owner's own stays in f32; added in the order own,
-then ranks 0..W-1; bias; one last rounding. The owner alone adds and everyone gets its bits: they are equal on all ranks.
+a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: (M, N), same dtype, on every rank.
+bias: (N,) or none.
+Rounding: f32 over K; a partial that travels is rounded once to the wire dtype, the owner's own stays in f32; added
+in the order own, then ranks 0..W-1; bias; one last rounding. The owner alone adds and everyone gets its bits: they
+are equal on all ranks.
 Bytes: a rank sends 2 (W-1)/W * M*N*itemsize: partials to their owners, sums to all. Meant for large M.
 
     rank 0 (owns the upper rows)                 rank 1 (owns the lower rows)           time
@@ -16,12 +18,15 @@ Bytes: a rank sends 2 (W-1)/W * M*N*itemsize: partials to their owners, sums to 
     3. wait <--------------------------------X---------------------------------> wait
        copy the sum to out                       copy the sum to out
 
-Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the slot of that
-  tile; the waiting CTA acquires on it and joins before it loads. Slots hold the epoch, so an older call's arrival does not pass.
-Reuse (no one overwrites too early). Staging and result slots of call e are written by a peer only after our `done` of the last
-  call that used them has reached it, which our last CTA sent after every CTA's loads (leave). Flags of call e are likewise written after it.
-Live (no one waits for ever). The whole grid is resident (at most one CTA an SM is launched). Tiles of step 1 wait for nobody
-  (but for the end of the peers' previous call); each tile of step 2 waits for tiles of step 1; step 3 waits for tiles of step 2.
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
+  the slot of that tile; the waiting CTA acquires on it and joins before it loads. Slots hold the epoch, so an older
+  call's arrival does not pass.
+Reuse (no one overwrites too early). Staging and result slots of call e are written by a peer only after our `done`
+  of the last call that used them has reached it, which our last CTA sent after every CTA's loads (leave). Flags of
+  call e are likewise written after it.
+Live (no one waits for ever). The whole grid is resident (at most one CTA an SM is launched). Tiles of step 1 wait
+  for nobody (but for the end of the peers' previous call); each tile of step 2 waits for tiles of step 1; step 3
+  waits for tiles of step 2.
 """
 
 import triton

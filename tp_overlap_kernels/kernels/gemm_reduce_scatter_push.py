@@ -2,10 +2,11 @@
 
     out_r[rows of r, N] = sum over s of  (a_s[M, K_local] @ b_s[N, K_local].T)[rows of r]  (+ bias)
 
-a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: the rows [r*c, min(M, (r+1)*c)), c = ceil(M / W), on rank r.
+a: (M, K_local) and b: (N, K_local), bf16 or fp16, as tensor descriptors. out: the rows [r*c, min(M, (r+1)*c)), c =
+ceil(M / W), on rank r.
 bias: (N,) or none.
-Rounding: f32 over K; a partial that travels is rounded once to the wire dtype, the owner's own stays in f32; added in the order own,
-then ranks 0..W-1; bias; one last rounding.
+Rounding: f32 over K; a partial that travels is rounded once to the wire dtype, the owner's own stays in f32; added
+in the order own, then ranks 0..W-1; bias; one last rounding.
 Bytes: a rank sends (W-1)/W * M*N*itemsize.
 
     rank 0 (owns the upper rows)                 rank 1 (owns the lower rows)           time
@@ -15,13 +16,15 @@ Bytes: a rank sends (W-1)/W * M*N*itemsize.
        wait <-------------------------------' '-----------------------------> wait
        add, store                                add, store
 
-Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the slot of that
-  tile; the waiting CTA acquires on it and joins before it loads. Slots hold the epoch, so an older call's arrival does not pass.
-Reuse (no one overwrites too early). Our finishing says nothing of a peer's: it may still be adding what we pushed. So a peer writes
-  staging and flags of call e only after our `done` of the last call that used them, sent by our last CTA after every CTA's loads.
-  One staging buffer is enough then, also after calls in which some rank owned no row.
-Live (no one waits for ever). The whole grid is resident (at most one CTA an SM is launched). Tiles of step 1 wait for nobody
-  (but for the end of the peers' previous call); each tile of step 2 waits for tiles of step 1.
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
+  the slot of that tile; the waiting CTA acquires on it and joins before it loads. Slots hold the epoch, so an older
+  call's arrival does not pass.
+Reuse (no one overwrites too early). Our finishing says nothing of a peer's: it may still be adding what we pushed.
+  So a peer writes staging and flags of call e only after our `done` of the last call that used them, sent by our
+  last CTA after every CTA's loads. One staging buffer is enough then, also after calls in which some rank owned no
+  row.
+Live (no one waits for ever). The whole grid is resident (at most one CTA an SM is launched). Tiles of step 1 wait
+  for nobody (but for the end of the peers' previous call); each tile of step 2 waits for tiles of step 1.
 """
 
 import triton

@@ -2,7 +2,8 @@
 
     out_r[own] = sum over s of x_s[r*part + own],  own < own_elems
 
-x: n contiguous elements, out: own_elems, bf16 or fp16. Rank r owns [r*part, min(n, (r+1)*part)); bias_ptr: (N,), repeated, or none.
+x: n contiguous elements, out: own_elems, bf16 or fp16. Rank r owns [r*part, min(n, (r+1)*part)); bias_ptr: (N,),
+repeated, or none.
 Rounding: ranks added in order 0..W-1 in f32; bias; one rounding.
 Bytes: a rank sends (W-1)/W * n*itemsize.
 
@@ -11,8 +12,8 @@ Bytes: a rank sends (W-1)/W * n*itemsize.
                                         X                                                 v
     2. wait, add, store <--------------' '------> wait, add, store
 
-Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on the slot of that
-  block; the waiting CTA acquires on it and joins before it loads.
+Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
+  the slot of that block; the waiting CTA acquires on it and joins before it loads.
 Reuse (no one overwrites too early). Staging is written by a peer only after our `done` of the last call that used it.
 Live (no one waits for ever). The whole grid is resident, and a CTA ends step 1 before it waits in step 2.
 """

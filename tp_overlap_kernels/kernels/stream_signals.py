@@ -3,12 +3,14 @@
     begin    first on the call's stream: epoch, header.        end   last, after all streams have joined: leave; NaN where a wait failed
     notify   after a copy on its stream: the copy has arrived. wait  before what reads it.
 
-Fresh (no one reads too early). A copy has ended, and its bytes are at the peer, before the next kernel of its stream starts; that kernel
-  releases at system scope. The waiting kernel acquires, and what follows on its stream starts after its end.
-Reuse (no one overwrites too early). `wait_peers` stands before the first push: our peers' `done` of the last call that used staging.
-  `end` runs after every reader of this call.
-Live (no one waits for ever). A wait holds one CTA of one SM; the pushes that a peer waits for stand before it on their stream.
-The epoch: `begin` advances it, so the kernels after it read `control[EPOCH]` itself; one call is in flight a group.
+Fresh (no one reads too early). A copy has ended, and its bytes are at the peer, before the next kernel of its
+  stream starts; that kernel releases at system scope. The waiting kernel acquires, and what follows on its stream
+  starts after its end.
+Reuse (no one overwrites too early). `wait_peers` stands before the first push: our peers' `done` of the last call
+  that used staging. `end` runs after every reader of this call.
+Live (no one waits for ever). A wait holds one CTA of one SM; the pushes that a peer waits for stand before it on
+their stream. The epoch: `begin` advances it, so the kernels after it read `control[EPOCH]` itself; one call is in
+flight a group.
 """
 
 import triton
@@ -48,7 +50,9 @@ def wait_peer(
 
 
 @triton.jit(do_not_specialize=["n", "rank"])
-def end_call(out_ptr, heap_ptr, control_ptr, n, done_offset, rank, WORLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def end_call(
+    out_ptr, heap_ptr, control_ptr, n, done_offset, rank, WORLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
     """Leave the call. If a wait of it has failed, the whole output becomes NaN."""
     epoch = tl.load(control_ptr + signal.EPOCH)
     if tl.load(control_ptr + signal.FAILED) != 0:

@@ -1,9 +1,9 @@
 """Launching a kernel with little host time: bound once, then a few microseconds a call; interpreted on CPU tensors.
 
-`kernel[grid](...)` of Triton re-reads and re-specialises every argument on every launch, 15 us and more for twenty of them. A `Launch`
-does so once and keeps the compiled kernel. That is right as long as what Triton specialises on does not change between calls: whether
-a pointer is a multiple of 16, whether an int is 1 or a multiple of 16. Whoever keeps a Launch keys it by these (see `specialisation`), or
-lists the argument in `do_not_specialize`.
+`kernel[grid](...)` of Triton re-reads and re-specialises every argument on every launch, 15 us and more for twenty
+of them. A `Launch` does so once and keeps the compiled kernel. That is right as long as what Triton specialises on
+does not change between calls: whether a pointer is a multiple of 16, whether an int is 1 or a multiple of 16.
+Whoever keeps a Launch keys it by these (see `specialisation`), or lists the argument in `do_not_specialize`.
 """
 
 from dataclasses import dataclass, field

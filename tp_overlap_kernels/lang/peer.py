@@ -1,6 +1,7 @@
 """Another rank's memory: `heap_ptr` is the table of arena bases (int64, one a rank, as this rank sees them).
 
-Every arena has the same layout, so an offset in bytes means the same thing on every rank, and `symm_at` is one load and one add.
+Every arena has the same layout, so an offset in bytes means the same thing on every rank, and `symm_at` is one load
+and one add.
 """
 
 import triton
@@ -11,7 +12,8 @@ import triton.language as tl
 def symm_at(heap_ptr, offset, peer, DTYPE: tl.constexpr):
     """Pointer to the byte `offset` of `peer`'s arena, for elements of DTYPE. Offsets are multiples of 16 bytes.
 
-    The hint after the cast is what makes 16-byte accesses out of a loaded address; without it a tile goes out as 2-byte stores.
+    The hint after the cast is what makes 16-byte accesses out of a loaded address; without it a tile goes out as
+    2-byte stores.
     """
     return tl.multiple_of((tl.load(heap_ptr + peer) + offset).to(tl.pointer_type(DTYPE)), 16)
 

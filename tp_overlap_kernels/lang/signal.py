@@ -1,16 +1,19 @@
 """Signals between ranks: notify, wait, consume_token (Triton-Distributed's words) on stock Triton.
 
-A slot is a 64-bit word in symmetric memory: epoch << 16 | call hash. Epochs only grow, so nothing is ever reset and a captured
-graph may be replayed any number of times: the epoch is read from device memory, `control[EPOCH]`, and advanced by `enter`.
+A slot is a 64-bit word in symmetric memory: epoch << 16 | call hash. Epochs only grow, so nothing is ever reset and
+a captured graph may be replayed any number of times: the epoch is read from device memory, `control[EPOCH]`, and
+advanced by `enter`.
 
 Every word here is `.sys` scoped, has the CTA barrier on the side where it belongs, and ends:
 
-* `notify` first joins the CTA (`barrier.sync`), so that the stores of *all* its threads come before the release of one. Triton puts no
-  barrier there by itself before 3.9.
-* `wait` lets one thread poll with acquire and then joins the CTA (`barrier.red`), so that all threads may load what was published, and
-  all of them see the same status. A status other than OK means that the data must not be used: the caller stores NaN.
-* A wait lasts `timeout_ns` at most, by `%globaltimer` (nanoseconds; `clock64` would follow the SM clock). The thread that gives up
-  writes the record described in `memory.record`, once a group, and sets `control[FAILED]`, after which no wait of the group lasts.
+* `notify` first joins the CTA (`barrier.sync`), so that the stores of *all* its threads come before the release of
+  one. Triton puts no barrier there by itself before 3.9.
+* `wait` lets one thread poll with acquire and then joins the CTA (`barrier.red`), so that all threads may load what
+  was published, and all of them see the same status. A status other than OK means that the data must not be used:
+  the caller stores NaN.
+* A wait lasts `timeout_ns` at most, by `%globaltimer` (nanoseconds; `clock64` would follow the SM clock). The
+  thread that gives up writes the record described in `memory.record`, once a group, and sets `control[FAILED]`,
+  after which no wait of the group lasts.
 
 `control` is a device-local array of int64 (one a group), `record` is pinned host memory that the device can write.
 """
@@ -74,10 +77,11 @@ _ENTER = tl.constexpr("""
 }
 """)
 
-# Poll until epoch(slot) >= epoch(want). Registers: $0 status; $1 slot, $2 want, $3 timeout_ns, $4 control, $5 record,
-# $6 packed (op << 48 | rank << 40 | peer << 32 | tile). It looks at the clock and at the abort word (pinned host memory, a microsecond
-# away) after 512 polls and then every 1024, so that a short wait pays for neither. There it also compares headers: a peer that has
-# entered the same epoch with another hash makes another call, and would never write the slot we wait for.
+# Poll until epoch(slot) >= epoch(want). Registers: $0 status; $1 slot, $2 want, $3 timeout_ns, $4 control, $5
+# record, $6 packed (op << 48 | rank << 40 | peer << 32 | tile). It looks at the clock and at the abort word (pinned
+# host memory, a microsecond away) after 512 polls and then every 1024, so that a short wait pays for neither. There
+# it also compares headers: a peer that has entered the same epoch with another hash makes another call, and would
+# never write the slot we wait for.
 _POLL = """
         mov.u32 status, 0;
         mov.u32 polls, 0;
@@ -171,7 +175,8 @@ _REGISTERS = """
         .reg .b64 seen, got, wanted, failed, started, now, code;
 """
 
-# One thread polls; the barrier's reduction hands every thread the same status (bit by bit, since barrier.red reduces a predicate).
+# One thread polls; the barrier's reduction hands every thread the same status (bit by bit, since barrier.red
+# reduces a predicate).
 _WAIT = tl.constexpr(
     "{"
     + _REGISTERS
@@ -211,10 +216,12 @@ def call_word(epoch, call_hash):
 def enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD: tl.constexpr):
     """Begin the call: its epoch, the same in every CTA. To be called once, first, by every CTA of the grid.
 
-    One CTA also tells every peer which call this is (a header), by weak stores: a waiting peer compares hashes, it reads no data by it.
+    One CTA also tells every peer which call this is (a header), by weak stores: a waiting peer compares hashes, it
+    reads no data by it.
 
-    The CTA barrier puts every thread's load before the count, and the CTA that completes the count writes the epoch for the next call:
-    nobody of this call can read it any more. The last thread counts, so that the first warp, which starts the loads, does not wait.
+    The CTA barrier puts every thread's load before the count, and the CTA that completes the count writes the epoch
+    for the next call: nobody of this call can read it any more. The last thread counts, so that the first warp,
+    which starts the loads, does not wait.
     """
     epoch = tl.load(control_ptr + EPOCH) + 1
     count_in(control_ptr, epoch)
@@ -228,7 +235,9 @@ def enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD: tl.const
 @triton.jit
 def count_in(control_ptr, epoch):
     """Join the CTA and count it among those that have read the epoch; the last one advances it."""
-    tl.inline_asm_elementwise(_ENTER, "=r,l,l", [control_ptr.to(tl.int64), epoch], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        _ENTER, "=r,l,l", [control_ptr.to(tl.int64), epoch], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -251,7 +260,8 @@ def notify(slot, word):
 def wait(slot, word, timeout_ns, control_ptr, record_ptr, who):
     """Sleep until the slot holds the epoch of `word` or a later one; acquire, system scope; then a CTA barrier.
 
-    slot: int64 address in our own memory. who: from `waiter`. Returns OK, or why the data must not be used, equal in all threads.
+    slot: int64 address in our own memory. who: from `waiter`. Returns OK, or why the data must not be used, equal
+    in all threads.
     """
     return tl.inline_asm_elementwise(
         _WAIT,
@@ -324,8 +334,6 @@ def wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, op, ra
 # ---- the CPU's stand-ins: the same words, spelled with the interpreter's atomics
 
 
-
-
 def _slot(address):
     return as_tensor(address, tl.int64).to(tl.pointer_type(tl.int64))
 
@@ -356,7 +364,10 @@ def _poke(address: int, value: int) -> None:
 
 def _report(control: int, record: int, code: int, who: int, wanted: int, seen: int) -> int:
     """Write the record once a group, and mark the group as failed."""
-    if value_of(tl.atomic_cas(_slot(control + 8 * REPORTER.value), as_tensor(0, tl.int64), as_tensor(1, tl.int64))) == 0:
+    if (
+        value_of(tl.atomic_cas(_slot(control + 8 * REPORTER.value), as_tensor(0, tl.int64), as_tensor(1, tl.int64)))
+        == 0
+    ):
         words = (code, who >> 48, (who >> 40) & 255, (who >> 32) & 255, who & 0xFFFFFFFF, wanted, seen)
         for i, word in enumerate(words):
             _poke(record + 16 + 8 * i, word)

@@ -1,8 +1,8 @@
 """Tiles: which rows and columns a tile_id stands for, and how a tile is loaded and stored.
 
-Ownership: rank r owns the rows [r * c, min(M, (r + 1) * c)) with c = ceil(M / WORLD). Every owner's block of rows is tiled by itself, so
-that a tile never has two owners, whatever M is. A tile past the end of a short block has no rows: it is masked, signalled as all others
-are, and costs one tile of time on a ragged last rank.
+Ownership: rank r owns the rows [r * c, min(M, (r + 1) * c)) with c = ceil(M / WORLD). Every owner's block of rows
+is tiled by itself, so that a tile never has two owners, whatever M is. A tile past the end of a short block has no
+rows: it is masked, signalled as all others are, and costs one tile of time on a ragged last rank.
 """
 
 import triton

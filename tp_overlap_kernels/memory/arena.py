@@ -1,6 +1,7 @@
 """The arena: all symmetric memory and all state of one process group, made by `init`, shared by every layer and op, freed by `close`.
 
-Nothing here grows by itself: a call with M above max_M runs in row chunks. A larger arena is another `init`, outside graph capture.
+Nothing here grows by itself: a call with M above max_M runs in row chunks. A larger arena is another `init`,
+outside graph capture.
 """
 
 import logging
@@ -33,7 +34,8 @@ SENTINEL_WORD = -0x7FFF8000  # 0x80008000: two negative zeros, which no sender s
 class Arena:
     """One group's memory and state, as this rank sees it.
 
-    heap: int64 [W] on the device, the arena bases of all ranks. control: int64 [64] on the device, local (words in lang.signal).
+    heap: int64 [W] on the device, the arena bases of all ranks. control: int64 [64] on the device, local (words in
+    lang.signal).
     """
 
     group_name: str
@@ -132,7 +134,8 @@ def create(
 ) -> Arena:
     """Make and register the arena of a group. Collective; every rank must give equal sizes.
 
-    Errors: InvalidInput where ranks disagree (each rank's values are shown), UnsupportedTopology where the store cannot serve.
+    Errors: InvalidInput where ranks disagree (each rank's values are shown), UnsupportedTopology where the store
+    cannot serve.
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD

@@ -6,7 +6,8 @@
                   staging   W slots of ceil(max_M / W) rows: the partials that peers push to the rows we own (our own slot is not there)
                   result    max_M rows: the sums that their owners push to us, on the way to the caller's fresh tensor
 
-Bound: 2 * max_M * max_N * itemsize + 4 MiB in all (max_N rounded up to 16), whatever the number of layers, ops and ranks.
+Bound: 2 * max_M * max_N * itemsize + 4 MiB in all (max_N rounded up to 16), whatever the number of layers, ops and
+ranks.
 """
 
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ class Layout:
 def layout(max_M: int, max_N: int, itemsize: int, world_size: int) -> Layout:
     """The layout for a capacity. Pure; the same on every rank.
 
-    max_M: rows of the largest call that runs in one piece. max_N: columns of the widest. itemsize: bytes an element (2).
+    max_M: rows of the largest call that runs in one piece. max_N: columns of the widest. itemsize: bytes an element
+    (2).
     """
     W = world_size
     row_bytes = pitch(max_N) * itemsize
@@ -129,5 +131,3 @@ def layout(max_M: int, max_N: int, itemsize: int, world_size: int) -> Layout:
         result=result,
         total_bytes=result + result_bytes,
     )
-
-

@@ -1,10 +1,10 @@
 """What a failed device wait leaves behind: sixteen 64-bit words in pinned host memory, written by the waiter, read without a CUDA call.
 
-    [0] abort   the host asks all waits to end       [5] peer    rank that did not arrive
-    [1] state   0 nothing, 2 written                 [6] tile    slot index within its pad
-    [2] code    1 timeout, 2 mismatch, 3 aborted     [7] wanted  epoch << 16 | call hash
-    [3] op      index into OPS, from 1               [8] seen    likewise
-    [4] rank    the one that waited
+[0] abort   the host asks all waits to end       [5] peer    rank that did not arrive
+[1] state   0 nothing, 2 written                 [6] tile    slot index within its pad
+[2] code    1 timeout, 2 mismatch, 3 aborted     [7] wanted  epoch << 16 | call hash
+[3] op      index into OPS, from 1               [8] seen    likewise
+[4] rank    the one that waited
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,9 @@ class FailedWait:
             f"{self.op}: rank {self.rank} waited for rank {self.peer} (tile {self.tile}, epoch wanted {self.wanted >> 16}, "
             f"seen {self.seen >> 16}) in group {group_name!r}"
         )
-        after = " The output is NaN and the group refuses further calls; close() and init() on every rank make a new one."
+        after = (
+            " The output is NaN and the group refuses further calls; close() and init() on every rank make a new one."
+        )
         if dead:
             who = ", ".join(f"rank {rank} (pid {pid})" for rank, pid in sorted(dead.items()))
             return PeerDied(f"{place}; the process of {who} has ended.{after}")

@@ -6,8 +6,9 @@
 | SharedMemory  | processes on CPUs          | an unnamed file (memfd, mode 0600) that each peer maps             |
 | SymmetricMemory | processes on CUDA devices | torch.distributed._symmetric_memory, peers through NVLink or PCIe  |
 
-A store gives `buffer` (uint8 tensor: our own arena), `bases` (address of every rank's arena as seen from here), `peer_buffer(rank)` and
-`close()`. Creating and closing are collective over the group; nothing named is left behind by a crash.
+A store gives `buffer` (uint8 tensor: our own arena), `bases` (address of every rank's arena as seen from here),
+`peer_buffer(rank)` and `close()`. Creating and closing are collective over the group; nothing named is left behind
+by a crash.
 """
 
 import mmap
@@ -55,8 +56,8 @@ class LocalStore:
 class SharedMemoryStore:
     """CPU processes of one host: each rank makes an unnamed file and maps those of its peers.
 
-    The files are found as /proc/<pid>/fd/<fd>, which only the same user may open; they vanish with the last process that maps them.
-    Pages are taken when touched, so a large arena costs a small test nothing.
+    The files are found as /proc/<pid>/fd/<fd>, which only the same user may open; they vanish with the last process
+    that maps them. Pages are taken when touched, so a large arena costs a small test nothing.
     """
 
     name = "shm"

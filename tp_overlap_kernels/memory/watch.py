@@ -1,7 +1,8 @@
 """A thread that notices what a hung device cannot tell: a peer's process has ended, or a wait has failed.
 
-It looks every 50 ms. A dead peer makes it ask all device waits of this rank to end, so that a survivor fails in well under a second
-and not after the timeout; a failed wait is printed on stderr once, since the host may be blocked in a synchronisation.
+It looks every 50 ms. A dead peer makes it ask all device waits of this rank to end, so that a survivor fails in
+well under a second and not after the timeout; a failed wait is printed on stderr once, since the host may be
+blocked in a synchronisation.
 """
 
 import os

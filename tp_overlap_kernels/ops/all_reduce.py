@@ -20,11 +20,12 @@ DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
     """Equals `unfused.all_reduce(x, group)`: the sum of x over the ranks.
 
-    x: any shape and strides, bf16 or fp16, on the group's device. Returns a fresh contiguous tensor of x's shape; every rank holds the
-    same bits. Ranks are added in rank order in f32, with one rounding.
+    x: any shape and strides, bf16 or fp16, on the group's device. Returns a fresh contiguous tensor of x's shape;
+    every rank holds the same bits. Ranks are added in rank order in f32, with one rounding.
     All ranks of the group call the same ops in the same order with equal shape and dtype, one call in flight a group.
     A size above what the arena holds runs in pieces.
-    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on the CPU this one).
+    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on
+    the CPU this one).
     """
     check_tensors(OP, x)
     arena = check_arena(OP, group_name, x, 0)
@@ -66,7 +67,9 @@ def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Non
 
     step = launches.elements_that_fit(arena, plan, x.element_size())
     if step < 1:
-        raise InvalidInput(f"{OP}: plan {plan.name!r} has no room in this arena. Call init with a larger max_M or max_N.")
+        raise InvalidInput(
+            f"{OP}: plan {plan.name!r} has no room in this arena. Call init with a larger max_M or max_N."
+        )
     for start in range(0, x.numel(), step):
         piece, target = x[start : start + step], out[start : start + step]
         if plan.name == "one_shot":

@@ -19,9 +19,13 @@ def check_tensors(op: str, *tensors: Tensor | None) -> None:
         if tensor is None:
             continue
         if tensor.dtype != first.dtype:
-            raise InvalidInput(f"{op}: all tensors must have one dtype, got {first.dtype} and {tensor.dtype}. Convert one.")
+            raise InvalidInput(
+                f"{op}: all tensors must have one dtype, got {first.dtype} and {tensor.dtype}. Convert one."
+            )
         if tensor.device != first.device:
-            raise InvalidInput(f"{op}: all tensors must be on one device, got {first.device} and {tensor.device}. Move one.")
+            raise InvalidInput(
+                f"{op}: all tensors must be on one device, got {first.device} and {tensor.device}. Move one."
+            )
         if tensor.requires_grad and is_grad_enabled():
             raise InvalidInput(
                 f"{op}: this op has no backward, and an input of shape {tuple(tensor.shape)} requires grad. "

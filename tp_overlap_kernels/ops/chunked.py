@@ -2,8 +2,9 @@
 
     out[M, N] = sum over r of a_r @ b_r.T  (+ bias), all of it (all-reduce) or our rows of it (reduce-scatter)
 
-Rounding: f32 over K; the peer's partial is rounded once to the wire dtype and enters the owner's f32 accumulator; one last rounding. The
-bias enters the peer's partial, in f32. The owner alone adds and sends its bits: they are equal on both ranks.
+Rounding: f32 over K; the peer's partial is rounded once to the wire dtype and enters the owner's f32 accumulator;
+one last rounding. The bias enters the peer's partial, in f32. The owner alone adds and sends its bits: they are
+equal on both ranks.
 Bytes: all-reduce M*N*itemsize a rank, half of it partials and half sums; reduce-scatter the half.
 
     compute stream                      push stream                            collect stream (all-reduce)       time
@@ -16,8 +17,8 @@ Bytes: all-reduce M*N*itemsize a rank, half of it partials and half sums; reduce
     ...                                 ...                                    copy them to out
     join both streams, end
 
-Fresh, reuse, live: see kernels/stream_signals.py, whose kernels are all the signalling there is. On the CPU the streams are one, in an
-order in which every push stands before the wait that needs it on the other side.
+Fresh, reuse, live: see kernels/stream_signals.py, whose kernels are all the signalling there is. On the CPU the
+streams are one, in an order in which every push stands before the wait that needs it on the other side.
 """
 
 import contextlib
@@ -73,7 +74,13 @@ class _Call:
     def end(self, out: Tensor) -> None:
         arena = self.arena
         launch = _launch(
-            arena, stream_signals.end_call, (out.data_ptr() % 16,), WORLD=2, DTYPE=_triton_dtype(out), BLOCK=1024, num_warps=4
+            arena,
+            stream_signals.end_call,
+            (out.data_ptr() % 16,),
+            WORLD=2,
+            DTYPE=_triton_dtype(out),
+            BLOCK=1024,
+            num_warps=4,
         )
         launch(1, out, arena.heap, arena.control, out.numel(), arena.layout.done, arena.rank)
 

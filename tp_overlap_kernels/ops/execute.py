@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from ..config import settings
 from ..dispatch import Plan, Problem, Topology, select
@@ -30,8 +29,9 @@ _choice = _Choice()
 def force_plan(plan: str | None) -> Iterator[None]:
     """Run the ops with one plan while the context lasts; all ranks alike.
 
-    plan: `name`, or `name:key=value,...`; several with ";" between them, of which the first that belongs to the op counts. None: free
-    choice. Errors: InvalidInput for a name that does not exist, now; for a plan that cannot run a call, in that call.
+    plan: `name`, or `name:key=value,...`; several with ";" between them, of which the first that belongs to the op
+    counts. None: free choice. Errors: InvalidInput for a name that does not exist, now; for a plan that cannot run
+    a call, in that call.
     """
     for text in plan.split(";") if plan else ():
         Plan.parse(text)

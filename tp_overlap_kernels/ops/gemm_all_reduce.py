@@ -17,14 +17,17 @@ OP = "gemm_all_reduce"
 def gemm_all_reduce(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:
     """Equals `unfused.gemm_all_reduce(a, b, group, bias)`: the sum over the ranks of a @ b.T, plus bias once.
 
-    a: [..., K], this rank's slice of the input; any strides and offset. b: [N, K], this rank's slice of the weight, as nn.Linear lays it
-    out. bias: [N] or None, equal on all ranks. bf16 or fp16, all of one dtype, on the group's device. Any number of rows M >= 0, any N up
-    to max_N, any K.
-    Returns a fresh contiguous tensor [..., N]: it aliases neither an input nor the arena. Every rank holds the same bits.
+    a: [..., K], this rank's slice of the input; any strides and offset. b: [N, K], this rank's slice of the weight,
+    as nn.Linear lays it out. bias: [N] or None, equal on all ranks. bf16 or fp16, all of one dtype, on the group's
+    device. Any number of rows M >= 0, any N up to max_N, any K.
+    Returns a fresh contiguous tensor [..., N]: it aliases neither an input nor the arena. Every rank holds the same
+    bits.
     Rounding: f32 over K and over ranks; the kernel's file says where a partial is rounded.
-    All ranks of the group call the same ops in the same order with equal M, N, K, dtype and presence of bias, one call in flight a group.
+    All ranks of the group call the same ops in the same order with equal M, N, K, dtype and presence of bias, one
+    call in flight a group.
     M above max_M runs in row chunks.
-    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on the CPU this one).
+    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on
+    the CPU this one).
     """
     check_gemm(OP, a, b, bias)
     arena = check_arena(OP, group_name, a, b.shape[0])

@@ -18,13 +18,17 @@ OP = "gemm_reduce_scatter"
 def gemm_reduce_scatter(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:
     """Equals `unfused.gemm_reduce_scatter(a, b, group, bias)`: this rank's rows of the sum over the ranks of a @ b.T, plus bias once.
 
-    a: [..., K] with M rows in all, this rank's slice of the input; any strides and offset. b: [N, K], this rank's slice of the weight.
-    bias: [N] or None, equal on all ranks. bf16 or fp16, all of one dtype, on the group's device. Any M >= 0, any N up to max_N, any K.
-    Returns a fresh contiguous tensor [rows, N]: rank r gets the rows [r*c, min(M, (r+1)*c)), c = ceil(M / W), so the last ranks may get
-    fewer, or none. No padding by the caller.
-    All ranks of the group call the same ops in the same order with equal M, N, K, dtype and presence of bias, one call in flight a group.
+    a: [..., K] with M rows in all, this rank's slice of the input; any strides and offset. b: [N, K], this rank's
+    slice of the weight.
+    bias: [N] or None, equal on all ranks. bf16 or fp16, all of one dtype, on the group's device. Any M >= 0, any N
+    up to max_N, any K.
+    Returns a fresh contiguous tensor [rows, N]: rank r gets the rows [r*c, min(M, (r+1)*c)), c = ceil(M / W), so
+    the last ranks may get fewer, or none. No padding by the caller.
+    All ranks of the group call the same ops in the same order with equal M, N, K, dtype and presence of bias, one
+    call in flight a group.
     M above max_M runs in row chunks.
-    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on the CPU this one).
+    Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on
+    the CPU this one).
     """
     check_gemm(OP, a, b, bias)
     arena = check_arena(OP, group_name, a, b.shape[0])
@@ -83,7 +87,8 @@ def _in_chunks(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | No
         warn_chunked(arena, OP, M, limit)
     W, c = arena.world_size, rows_per_rank(M, arena.world_size)
     step = max(limit // W, 1)
-    # Every owner gives `step` of its rows to each chunk; short owners are padded with zero rows, whose sums nobody reads.
+    # Every owner gives `step` of its rows to each chunk; short owners are padded with zero rows, whose sums nobody
+    # reads.
     for start in range(0, c, step):
         height = min(step, c - start)
         chunk = a.new_zeros((W * height, a.shape[1]))

@@ -1,6 +1,7 @@
 """From a plan to a launch: the arguments of each kernel, taken from the problem and from the group's arena.
 
-One function a kernel. Each takes tensors that have been checked, contiguous outputs, and calls that fit the arena (`rows_that_fit`).
+One function a kernel. Each takes tensors that have been checked, contiguous outputs, and calls that fit the arena
+(`rows_that_fit`).
 """
 
 import triton.language as tl
@@ -65,7 +66,9 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
     return min(whole, (room.total_bytes - room.result) // itemsize, 1 << 30)
 
 
-def gemm_all_reduce_one_shot(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+def gemm_all_reduce_one_shot(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+):
     """kernels/gemm_all_reduce_one_shot_push.py"""
     (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
     meta = _tiles(plan, grouped=False)
@@ -101,7 +104,9 @@ def gemm_all_reduce_one_shot(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bia
     )
 
 
-def _gemm_staged(arena: Arena, plan: Plan, kernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int, *pads):
+def _gemm_staged(
+    arena: Arena, plan: Plan, kernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int, *pads
+):
     (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
     meta = _tiles(plan)
     rows = rows_per_rank(M, W)
@@ -133,7 +138,9 @@ def _gemm_staged(arena: Arena, plan: Plan, kernel, a: Tensor, b: Tensor, bias: T
     )
 
 
-def gemm_all_reduce_two_shot(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+def gemm_all_reduce_two_shot(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+):
     """kernels/gemm_all_reduce_two_shot_push.py"""
     room = arena.layout
     pads = (room.done, room.partial_flags, room.result_flags, room.staging, room.staging_slot_bytes, room.result)

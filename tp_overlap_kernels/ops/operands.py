@@ -1,8 +1,8 @@
 """Operands as the kernels want them: TMA descriptors of 2-D tensors, made from any strides and offsets.
 
-TMA reads rows that start at multiples of 16 bytes. A tensor that cannot be described so (odd K, a stride that is no multiple of 8
-elements, an offset of one element) is copied once into one that can; the copy costs its bytes in every call, and is the same on every
-rank or not without any rank knowing: which plan runs does not depend on it.
+TMA reads rows that start at multiples of 16 bytes. A tensor that cannot be described so (odd K, a stride that is no
+multiple of 8 elements, an offset of one element) is copied once into one that can; the copy costs its bytes in
+every call, and is the same on every rank or not without any rank knowing: which plan runs does not depend on it.
 """
 
 import torch

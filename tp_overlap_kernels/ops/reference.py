@@ -1,9 +1,10 @@
 """The `ref` backend: what a laptop runs. torch.mm, then a sum over the symmetric memory of CPU ranks, in rank order in f32.
 
-Each rank writes its partial into one half of its own arena, raises its header slot there, waits for the headers of its peers and adds
-all partials. Fresh: a header is written after the data (x86-64 keeps the order of stores, and of loads; elsewhere use `interp`, whose
-signals are atomics). Reuse: call e writes half e & 1; entering e means that every peer has entered e - 1, hence ended e - 2, whose data
-lay there. Live: each rank raises its header before it waits.
+Each rank writes its partial into one half of its own arena, raises its header slot there, waits for the headers of
+its peers and adds all partials. Fresh: a header is written after the data (x86-64 keeps the order of stores, and of
+loads; elsewhere use `interp`, whose signals are atomics). Reuse: call e writes half e & 1; entering e means that
+every peer has entered e - 1, hence ended e - 2, whose data lay there. Live: each rank raises its header before it
+waits.
 """
 
 import ctypes

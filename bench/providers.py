@@ -1,0 +1,144 @@
+"""Ways to compute an op, each under a name a stranger understands.
+
+`ours` lets the library choose, `ours:<plan>` forces a plan; the others are what people use without this library (see
+torch_providers.py). `mine=package.module:function` adds a function(a, w, group_name) -> result of the user's own.
+A provider that cannot run a case raises Declined with the reason; any other exception is a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case
+from .launch import World
+from .provider import Provider, Session, weight_of
+from .timing import Call
+from .torch_providers import UNFUSED
+from .truth import AT_EACH_HOP, ONCE, PARTIAL
+
+INTERPRETER_LIMIT = 8_000_000  # multiply-adds of a case: above, interpreted kernels take seconds a call
+INTERPRETED_ROWS = 32  # of a tile: fewer rows cost as much
+
+
+class Matmul(Provider):
+    """The GEMM alone: this rank's partial, summed over nobody."""
+
+    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER)
+    rounding = PARTIAL
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        return lambda w: torch.mm(a, weight_of(w).t())
+
+
+class Ours(Provider):
+    """The library's functional ops, results in fresh tensors. `plan` None lets it choose."""
+
+    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_REDUCE)
+    equal_bits = True
+    fused = True
+
+    def __init__(self, name: str, session: Session, plan: str | None = None, cpu_backend: str | None = None) -> None:
+        super().__init__(name, session)
+        self.forced, self.cpu_backend = plan, cpu_backend
+        self.library = _initialised(session)
+
+    @property
+    def rounding(self) -> str:  # type: ignore[override]
+        """Plans that hand the sum to another library round as that one does; with two ranks there is one addition."""
+        foreign = self.forced is None or any(word in self.forced for word in ("nccl", "symm_mem"))
+        return AT_EACH_HOP if foreign and self.world.world_size > 2 else ONCE
+
+    def active(self) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        if self.cpu_backend:
+            stack.enter_context(self.library.cpu_backend(self.cpu_backend))
+        if self.forced:
+            stack.enter_context(self.library.force_plan(self.forced))
+        return stack
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        if self.cpu_backend == "interp":
+            work = max(case.M, INTERPRETED_ROWS) * case.N * max(case.K_local, 1)
+            self.decline_unless(work <= INTERPRETER_LIMIT, "too large to interpret")
+        group_name = self.world.group_name
+        if case.op == ALL_REDUCE:
+            return lambda w: torch.ops.tp_overlap.all_reduce(a, group_name)
+        op = getattr(torch.ops.tp_overlap, case.op)
+        return lambda w: op(a, w, group_name)
+
+    def plan(self, case: Case) -> str | None:
+        if self.forced:
+            return self.forced
+        sizes = (1, case.M * case.N, 0) if case.op == ALL_REDUCE else (case.M, case.N, case.K_local)
+        with self.active():
+            return str(self.library.explain(case.op, *sizes, dtype=self.session.dtype).plan)
+
+    def refuses(self, error: Exception) -> bool:
+        """A forced plan that cannot run a case says so before it does anything."""
+        return self.forced is not None and isinstance(error, self.library.InvalidInput)
+
+
+class UserFunction(Provider):
+    """A function(a, w, group_name) -> result that the user named by module and attribute."""
+
+    def __init__(self, name: str, session: Session, target: str) -> None:
+        super().__init__(name, session)
+        module, _, attribute = target.partition(":")
+        self.function: Callable[..., torch.Tensor] = getattr(importlib.import_module(module), attribute)
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        return lambda w: self.function(a, w, self.world.group_name)
+
+
+def _initialised(session: Session) -> Any:
+    """The library, with one arena for the whole run: all providers of ours share it, as the layers of a model do."""
+    import torch.distributed as dist
+
+    import tp_overlap_kernels as tpo
+
+    session.once(
+        "arena", lambda: tpo.init(dist.group.WORLD, max_M=session.max_M, max_N=session.max_N, dtype=session.dtype)
+    )
+    return tpo
+
+
+def default_names(op: str, world: World) -> list[str]:
+    """What `run` compares for an op where the user named nothing."""
+    if world.device.type == "cpu":
+        return ["ref", "interp", "matmul", "matmul+gloo"] if op != ALL_REDUCE else ["ref", "interp", "copy+gloo"]
+    names = ["ours"] + (["matmul"] if op != ALL_REDUCE else [])
+    return names + [name for name, kind in UNFUSED.items() if op in kind.ops and kind.for_device == "cuda"]
+
+
+def label(name: str) -> str:
+    """What a provider is called in results: `mine` of `mine=package.module:function`, else the name itself. A plan's
+    parameters hold the other equals signs there are."""
+    before, equals, after = name.partition("=")
+    return before if equals and ":" not in before and ":" in after else name
+
+
+def make(name: str, session: Session) -> Provider:
+    """The provider of a name.
+
+    Errors: Declined where this machine or layout of ranks cannot have it, ValueError where there is no such name.
+    """
+    base, _, plan = name.partition(":")
+    if label(name) != name:
+        return UserFunction(label(name), session, name.partition("=")[2])
+    if base == "ours":
+        return Ours(name, session, plan or None)
+    if base in ("ref", "interp"):
+        return Ours(name, session, plan or None, cpu_backend=base)
+    if name == "matmul":
+        return Matmul(name, session)
+    if name not in UNFUSED:
+        raise ValueError(
+            f"no provider is called {name!r}; there are ours, ours:<plan>, ref, interp, matmul, "
+            f"{', '.join(UNFUSED)}, and name=package.module:function"
+        )
+    return UNFUSED[name](name, session)

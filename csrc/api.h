@@ -62,8 +62,10 @@ enum TpoFailure { TPO_FAILURE_TIMEOUT = 1, TPO_FAILURE_MISMATCH = 2, TPO_FAILURE
 int tpo_abi_version(void);
 const char* tpo_error_string(int error);
 
-/* 0 if the kernels hold machine code for the calling thread's current device, else the CUDA error that says why not. */
-int tpo_runs_on_current_device(void);
+/* Loads the kernels for groups of world_size ranks onto the calling thread's current device. To be called before the
+ * first launch: CUDA would else load them then, which may wait for a running kernel that waits for us. An error says
+ * why the device cannot run them, such as machine code for another architecture. */
+int tpo_prepare(int world_size);
 
 /* out = sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
 int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream);

@@ -34,7 +34,8 @@ def load(path: Path) -> ctypes.CDLL:
         )
     library.tpo_error_string.restype = ctypes.c_char_p
     library.tpo_error_string.argtypes = [ctypes.c_int]
-    library.tpo_runs_on_current_device.restype = ctypes.c_int
+    library.tpo_prepare.restype = ctypes.c_int
+    library.tpo_prepare.argtypes = [ctypes.c_int]
     return library
 
 
@@ -55,11 +56,11 @@ def available() -> bool:
 
 def runs_on_current_device() -> bool:
     """Whether the library is there and has machine code for the current CUDA device. Creates that device's context."""
-    return available() and library().tpo_runs_on_current_device() == 0
+    return available() and library().tpo_prepare(1) == 0
 
 
 def check(error: int, what: str) -> None:
-    """Raise TpOverlapError if a launcher returned a CUDA error. what: who called, such as `all_reduce`."""
+    """Raise TpOverlapError if a function of the library returned a CUDA error. what: begins the message."""
     if error:
         text = library().tpo_error_string(error).decode()
-        raise TpOverlapError(f"{what}: the CUDA kernel could not be launched: {text} (CUDA error {error}).")
+        raise TpOverlapError(f"{what}: {text} (CUDA error {error}).")

@@ -29,7 +29,8 @@
 //   ended; that took our data of call i+2, which we push only after our call i+1 ended, and with it the clearing: two
 //   kernels on one stream do not overlap. Two buffers are not enough: a peer in call i+2 may already write while we, in
 //   i+1, still clear. Our call i+1 clears as many bytes as call i wrote, which is remembered on the device, since
-//   shapes change. The header words alternate by parity, as a peer enters call e+2 only after our call e has ended.
+//   shapes change. Header words alternate by the parity of e; where a peer has run ahead through other ops and
+//   overwritten one, the newer word counts as come.
 // Live (no one waits for ever). A block pushes all it has before it waits, and blocks start in order on every rank, so
 // the
 //   lowest unfinished block anywhere gets its data. All waits are bounded by a Patience. A block stores no sum before
@@ -263,9 +264,15 @@ extern "C" int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, vo
                           static_cast<cudaStream_t>(cuda_stream));
 }
 
-extern "C" int tpo_runs_on_current_device(void) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(tpo::kernel_for<tpo::Bf16>(1)));
+extern "C" int tpo_prepare(int world_size) {
+  using namespace tpo;
+  if (world_size < 1 || world_size > kMaxWorld) return cudaErrorInvalidValue;
+  cudaFuncAttributes attributes;  // asking for them loads the kernel
+  for (const Kernel kernel : {kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)}) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 #pragma GCC visibility pop

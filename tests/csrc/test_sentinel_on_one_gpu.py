@@ -49,6 +49,7 @@ class Group:
             arena[: PADS_BYTES // 4] = 0
         self.bases = torch.tensor([arena.data_ptr() for arena in arenas], dtype=torch.int64, device="cuda")
         self.ranks = [self._rank(r, arena, int(timeout_s * 1e9), data_threads) for r, arena in enumerate(arenas)]
+        torch.cuda._sleep(1)  # loaded now: CUDA loads a kernel at its first launch, which may wait for those that run
         torch.cuda.synchronize()
 
     def _rank(self, rank: int, arena: torch.Tensor, timeout_ns: int, data_threads: int) -> Rank:

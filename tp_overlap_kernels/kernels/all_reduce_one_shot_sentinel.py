@@ -57,8 +57,11 @@ class SentinelLauncher:
         """Offsets and sizes in bytes within the arena; pointers as the device sees them; see TpoAllReduceArgs.
 
         data_threads: threads a block that move data, a multiple of 32 up to 512; 0 leaves it to the library.
-        Raises NativeLibraryError if the library cannot be loaded.
+        Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
+        the device cannot run what it holds.
         """
+        library = native.library()
+        native.check(library.tpo_prepare(world_size), "all_reduce: the CUDA kernels could not be loaded")
         self._args = _Args(
             base_table=base_table_ptr,
             control=control_ptr,
@@ -73,7 +76,7 @@ class SentinelLauncher:
             data_threads=data_threads,
         )
         self._args_ref = ctypes.byref(self._args)
-        self._launch = native.library().tpo_all_reduce_one_shot_sentinel
+        self._launch = library.tpo_all_reduce_one_shot_sentinel
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.
         self._launch.restype = ctypes.c_int
 
@@ -87,4 +90,4 @@ class SentinelLauncher:
         args.x, args.out, args.n_elems, args.dtype, args.call_hash = x_ptr, out_ptr, n_elems, dtype_code, call_hash
         error = self._launch(self._args_ref, ctypes.c_void_p(stream))
         if error:
-            native.check(error, "all_reduce")
+            native.check(error, "all_reduce: the CUDA kernel could not be launched")

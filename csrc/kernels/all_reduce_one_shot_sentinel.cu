@@ -1,5 +1,4 @@
-// One-shot all-reduce without flags: each rank pushes its elements to every peer, and the data says by itself that it
-// came.
+// One-shot all-reduce without flags: each rank pushes its elements to every peer, and the data itself says that it came.
 //
 //     out[n] = sum over r of  x_r[n]
 //
@@ -7,7 +6,7 @@
 // Rounding: ranks are added in order 0..W-1 in f32, the own one at its place among them; one rounding at the end. All
 //   ranks therefore hold the same bits. An element that is -0.0 counts as +0.0.
 // Bytes: a rank sends (W-1) * 2n. Meant for small n, where latency rules: no flag travels behind the data, and no
-// fence.
+//   fence.
 //
 //     rank 0                                          rank 1                                          time
 //     announce e to 1 (header)                        announce e to 0 (header)                         |
@@ -20,23 +19,21 @@
 // captured integer would replay as old.
 //
 // Fresh (no one reads too early). A slot is full of the word 0x80008000, two negative zeros, before data comes; data
-// never
-//   holds that word. Each 32-bit word of a 16-byte access is written and read whole, so a word that is not the sentinel
-//   is this call's data, whatever the order of arrival. Nothing else need be seen, hence relaxed accesses and no fence.
+//   never holds that word. Each 32-bit word of a 16-byte access is written and read whole, so a word that is not the
+//   sentinel is this call's data, whatever the order of arrival. Nothing else need be seen, hence relaxed accesses
+//   and no fence.
 // Reuse (no one overwrites too early, no one takes old data for new). Buffer b = i%3 is written and read in call i,
-// cleared
-//   by its owner in call i+1, and written again by a peer in call i+3. A peer enters call i+3 only after its call i+2
-//   ended; that took our data of call i+2, which we push only after our call i+1 ended, and with it the clearing: two
-//   kernels on one stream do not overlap. Two buffers are not enough: a peer in call i+2 may already write while we, in
-//   i+1, still clear. Our call i+1 clears as many bytes as call i wrote, which is remembered on the device, since
-//   shapes change. Header words alternate by the parity of e; where a peer has run ahead through other ops and
-//   overwritten one, the newer word counts as come.
-// Live (no one waits for ever). A block pushes all it has before it waits, and blocks start in order on every rank, so
-// the
-//   lowest unfinished block anywhere gets its data. All waits are bounded by a Patience. A block stores no sum before
-//   every peer's header has come and agrees about what is called: a rank that calls something else is named, and the
-//   outputs are NaN. Ranks whose data_threads differ need the whole grid resident: 256 KiB are 64 blocks of 288
-//   threads.
+//   cleared by its owner in call i+1, and written again by a peer in call i+3. A peer enters call i+3 only after its
+//   call i+2 ended; that took our data of call i+2, which we push only after our call i+1 ended, and with it the
+//   clearing: two kernels on one stream do not overlap. Two buffers are not enough: a peer in call i+2 may already
+//   write while we, in i+1, still clear. Our call i+1 clears as many bytes as call i wrote, which is remembered on
+//   the device, since shapes change. Header words alternate by the parity of e; where a peer has run ahead through
+//   other ops and overwritten one, the newer word counts as come.
+// Live (no one waits for ever). A block pushes all it has before it waits, and blocks start in order on every rank,
+//   so the lowest unfinished block anywhere gets its data. All waits are bounded by a Patience. A block stores no sum
+//   before every peer's header has come and agrees about what is called: a rank that calls something else is named,
+//   and the outputs are NaN. Ranks whose data_threads differ need the whole grid resident: 256 KiB are 64 blocks of
+//   288 threads.
 //
 // `done` (what lets peers overwrite, in later calls, what we have read in this one or before) is raised at the start:
 // earlier calls have ended, and this one reads nothing from the arena but the sentinel region, which protects itself.

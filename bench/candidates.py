@@ -56,6 +56,12 @@ _PREFILL_TILES = (  # block_m, block_n, block_k, num_stages, num_warps, group_m,
     (64, 128, 64, 5, 4, 8, 17),
     (64, 64, 128, 4, 4, 8, 17),
 )
+_SCATTER_DECODE_TILES = (  # as above; a rank's share is a part of these rows
+    (16, 64, 128, 4, 4, 1),
+    (16, 32, 256, 4, 4, 1),
+    (32, 64, 128, 4, 4, 1),
+    (64, 32, 128, 5, 4, 1),
+)
 _CHUNKS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -90,6 +96,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
     ],
     GEMM_REDUCE_SCATTER: [
         Candidate("push"),
+        *(Candidate(_tiles("push", *numbers), most_M=64) for numbers in _SCATTER_DECODE_TILES),
         *_prefill("push"),
         *_chunked(),
         Candidate("unfused_push"),

@@ -7,6 +7,7 @@ best plan and its runners-up. The table is written after every case, so that a t
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import time
 from collections import Counter
@@ -78,7 +79,7 @@ class Tuning:
         dropped: Counter[str] = Counter()
         for spec in self.options.specs or candidates(case):
             try:
-                provider = together(self.world, lambda spec=spec: self.provider(spec))
+                provider = together(self.world, functools.partial(self.provider, spec))
                 attempt = Attempt(provider, case, inputs, truth, self.clock)
                 turns[spec] = Turn(attempt.timed(attempt.prepared(), self.options.mode), provider.active)
             except Dropped as reason:

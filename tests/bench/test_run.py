@@ -129,3 +129,43 @@ def test_bad_arguments_are_refused_with_what_is_allowed(monkeypatch, arguments, 
 def test_an_unknown_provider_is_refused_by_name(bench):
     code, text = bench(*small("--provider", "matmul+mpi"))
     assert code == 2 and "no provider is called 'matmul+mpi'" in text
+
+
+def test_our_ops_run_on_the_cpu_and_say_their_plan(bench, tmp_path):
+    providers = [f"--provider={name}" for name in ("ref", "interp", "interp:two_shot;push")]
+    code, text = bench("run", "--layer", "64,32", "--m", "5", "--target-ms", "5", *providers, "--json", "out.json")
+    assert code == 0, text
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    plans = {(row["op"], row["provider"]): (row["plan"] or "").partition(":")[0] for row in rows if row["us"]}
+    assert plans["gemm_all_reduce", "ref"] == "ref"
+    assert plans["gemm_all_reduce", "interp"] == "one_shot"
+    assert plans["gemm_all_reduce", "interp:two_shot;push"] == "two_shot"
+    assert plans["gemm_reduce_scatter", "interp:two_shot;push"] == "push"
+
+
+def test_a_plan_that_cannot_run_a_case_is_no_failure(bench, tmp_path):
+    arguments = ["--provider", "interp:push", "--op", "gemm_reduce_scatter", "--op", "gemm_all_reduce"]
+    code, text = bench("run", "--layer", "64,32", "--m", "5", "--target-ms", "5", *arguments, "--json", "out.json")
+    assert code == 0, text
+    reasons = {
+        row["op"]: row["reason"] for row in json.loads((tmp_path / "out.json").read_text())["rows"] if row["reason"]
+    }
+    assert list(reasons) == ["gemm_all_reduce"] and "push" in reasons["gemm_all_reduce"]
+
+
+def test_an_all_reduce_alone_has_no_gemm(bench, tmp_path):
+    code, text = bench(
+        *("run", "--op", "all_reduce", "--layer", "64,32", "--m", "5", "--target-ms", "5", "--json", "out.json")
+    )
+    assert code == 0, text
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert set(rows) == {"ref", "interp", "copy+gloo"} and all(
+        row["us"] and row["K_local"] == 0 for row in rows.values()
+    )
+
+
+def test_explain_prints_the_plan_without_a_gpu():
+    done = CliRunner().invoke(cli.app, ["explain", "gemm_all_reduce", "16", "8192", "4096", "--device", "NVIDIA H200"])
+    assert done.exit_code == 0 and "plan" in done.output and "M=16 N=8192 K=4096" in done.output
+    refused = CliRunner().invoke(cli.app, ["explain", "gemm", "16", "8192", "4096"])
+    assert refused.exit_code == 2 and "gemm_all_reduce" in refused.output

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from .cases import Case
+from .cases import GEMM_REDUCE_SCATTER, Case
 from .inputs import LayerInputs
 from .launch import World
 from .provider import Declined, Provider
 from .timing import Call, Clock, CpuClock, EagerTimed, GraphTimed, Timed, Turn, WallTimed, one_line
-from .truth import Truth
+from .truth import Truth, checksum
 
 T = TypeVar("T")
 
@@ -92,6 +92,7 @@ class Attempt:
                 call(weights[-1] if weights else None)
                 again = call(weights[0] if weights else None)
             self.clock.idle()
+            self.provider.check()
             return [first, again]
 
         for out in together(self.world, run, self.provider.refuses):
@@ -99,15 +100,20 @@ class Attempt:
         return call
 
     def verify(self, out: torch.Tensor) -> None:
-        """Holds a result against the truth on every rank; Dropped when it is wrong on any."""
-        reason: str | None = None
-        try:
-            reason = self.truth.wrong(out, self.case, self.provider.rounding, self.provider.equal_bits)
-        except torch.cuda.OutOfMemoryError as error:
-            reason = one_line(error)
-        reason = self.world.agree(reason)
-        if reason is not None:
-            raise Dropped(Outcome("wrong", reason))
+        """Holds a result against the truth on every rank, and the ranks against each other where equal bits are
+        promised; Dropped when it is wrong on any."""
+        everywhere = self.case.op != GEMM_REDUCE_SCATTER and self.provider.equal_bits
+
+        def check() -> tuple[str | None, tuple[int, int] | None]:
+            reason = self.truth.wrong(out, self.case, self.provider.rounding)
+            return reason, checksum(out) if everywhere and reason is None else None
+
+        verdicts = self.world.gather(together(self.world, check))
+        for rank, (reason, _) in enumerate(verdicts):
+            if reason is not None:
+                raise Dropped(Outcome("wrong", f"rank {rank}: {reason}"))
+        if len({bits for _, bits in verdicts}) > 1:
+            raise Dropped(Outcome("wrong", "ranks hold different bits"))
 
     def timed(self, call: Call, mode: str) -> Timed:
         """What samples are taken of, its result verified after a first run; Dropped when that fails."""
@@ -117,9 +123,22 @@ class Attempt:
                 return self._timed(call, mode)
 
         timed = together(self.world, make)
-        together(self.world, lambda: self._sample_once(timed))
-        self.verify(timed.out)
+        self.sample_and_verify(self.turn(timed))
         return timed
+
+    def turn(self, timed: Timed) -> Turn:
+        return Turn(timed, self.provider.active, self.provider.check)
+
+    def sample_and_verify(self, turn: Turn) -> None:
+        """One more sample, and a look at its result: memory that providers share may hold another's by now."""
+
+        def sample() -> None:
+            turn.sample(self.clock)
+            if turn.failure is not None:
+                raise RuntimeError(turn.failure)
+
+        together(self.world, sample)
+        self.verify(turn.timed.out)
 
     def _timed(self, call: Call, mode: str) -> Timed:
         weights = self.inputs.weights
@@ -130,9 +149,3 @@ class Attempt:
         if isinstance(self.clock, CpuClock):
             return WallTimed(self.clock, call, weights, placeholder)
         return EagerTimed(self.clock, call, weights, placeholder)
-
-    def _sample_once(self, timed: Timed) -> None:
-        turn = Turn(timed, self.provider.active)
-        turn.sample(self.clock)
-        if turn.failure is not None:
-            raise RuntimeError(turn.failure)

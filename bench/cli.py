@@ -33,7 +33,9 @@ Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")]
 Tp = Annotated[
     int | None, typer.Option("--tp", min=1, help="Degree of the model's shards; the number of ranks if not given.")
 ]
-Ranks = Annotated[int | None, typer.Option("--ranks", min=1, max=8, help="Ranks to start; ignored under torchrun.")]
+Ranks = Annotated[
+    int | None, typer.Option("--ranks", "--world-size", min=1, max=8, help="Ranks to start; ignored under torchrun.")
+]
 RanksPerDevice = Annotated[
     int, typer.Option("--ranks-per-device", min=1, max=8, help="More than 1 puts several ranks on one GPU, over gloo.")
 ]

@@ -68,6 +68,9 @@ class Provider:
         """What the provider chose, where it can say so."""
         return None
 
+    def check(self) -> None:
+        """Raises where the device, idle by now, has noted that a call went wrong."""
+
     def refuses(self, error: Exception) -> bool:
         """Whether an error means that this provider does not run the case, rather than that it is broken."""
         return False

@@ -21,6 +21,7 @@ from .timing import Call
 from .torch_providers import UNFUSED
 from .truth import AT_EACH_HOP, ONCE, PARTIAL
 
+ARENA = "arena"  # what the session calls it
 INTERPRETER_LIMIT = 8_000_000  # multiply-adds of a case: above, interpreted kernels take seconds a call
 INTERPRETED_ROWS = 32  # of a tile: fewer rows cost as much
 
@@ -76,6 +77,9 @@ class Ours(Provider):
         with self.active():
             return str(self.library.explain(case.op, *sizes, dtype=self.session.dtype).plan)
 
+    def check(self) -> None:
+        self.library.check()
+
     def refuses(self, error: Exception) -> bool:
         """A forced plan that cannot run a case says so before it does anything."""
         return self.forced is not None and isinstance(error, self.library.InvalidInput)
@@ -100,9 +104,39 @@ def _initialised(session: Session) -> Any:
     import tp_overlap_kernels as tpo
 
     session.once(
-        "arena", lambda: tpo.init(dist.group.WORLD, max_M=session.max_M, max_N=session.max_N, dtype=session.dtype)
+        ARENA, lambda: tpo.init(dist.group.WORLD, max_M=session.max_M, max_N=session.max_N, dtype=session.dtype)
     )
     return tpo
+
+
+def close(session: Session) -> None:
+    """Gives the arena back, where one was made. Graphs captured with it must not run any more."""
+    if session.made.pop(ARENA, None) is not None:
+        import tp_overlap_kernels as tpo
+
+        tpo.close()
+
+
+def recovered(session: Session) -> bool:
+    """Whether the group had failed and has a new arena now, in which case earlier graphs are lost. All ranks ask.
+
+    A group fails when a wait on the device has timed out. Where only some ranks know yet, nothing is done: a rank that
+    does not know would wait in `close` for those that do. It learns in its next call.
+    """
+    if ARENA not in session.made:
+        return False
+    import tp_overlap_kernels as tpo
+
+    failed = False
+    try:
+        tpo.check()
+    except tpo.GroupFailed:
+        failed = True
+    if not all(session.world.gather(failed)):
+        return False
+    close(session)
+    _initialised(session)
+    return True
 
 
 def default_names(op: str, world: World) -> list[str]:
@@ -110,6 +144,8 @@ def default_names(op: str, world: World) -> list[str]:
     if world.device.type == "cpu":
         return ["ref", "interp", "matmul", "matmul+gloo"] if op != ALL_REDUCE else ["ref", "interp", "copy+gloo"]
     names = ["ours"] + (["matmul"] if op != ALL_REDUCE else [])
+    if world.world_size == 1:
+        return names
     return names + [name for name, kind in UNFUSED.items() if op in kind.ops and kind.for_device == "cuda"]
 
 

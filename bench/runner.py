@@ -21,7 +21,7 @@ from .inputs import LayerInputs, MessageInputs
 from .launch import World
 from .link import link_gbps
 from .provider import Provider, Session
-from .providers import default_names, label, make
+from .providers import close, default_names, label, make, recovered
 from .results import Results, Row, complete, describe_run
 from .timing import Clock, CpuClock, CudaClock, Effort, Turn, measure, one_line
 from .truth import Truth
@@ -76,6 +76,8 @@ class Run:
             world, max(options.grid), max(layer.N for layer in options.layers), DTYPES[options.dtype]
         )
         self.verdicts = Verdicts()
+        gc.collect()
+        gc.freeze()  # capturing collects garbage each time; what is here by now stays, and need not be looked through
         self.deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
         self.providers: dict[str, Provider | Outcome] = {}
 
@@ -111,19 +113,24 @@ class Run:
                 if case.op not in provider.ops:
                     raise Dropped(Outcome("declined", f"does not do {case.op}"))
                 attempt = Attempt(provider, case, inputs, truth, self.clock)
-                timed = attempt.timed(attempt.prepared(), mode)
-                turns[name], attempts[name] = Turn(timed, provider.active), attempt
+                turns[name] = attempt.turn(attempt.timed(attempt.prepared(), mode))
+                attempts[name] = attempt
                 row.plan = _plan(provider, case)
             except Dropped as dropped:
                 self.drop(row, dropped.outcome)
+                if dropped.outcome.kind != "declined" and recovered(self.session):
+                    for lost in [each for each in turns if attempts[each].provider.fused]:
+                        del turns[lost]
+                        self.drop(rows[lost], Outcome("failed", f"lost its graph when {name} failed"))
         for name, times, failure in measure(turns, self.clock, self.options.effort):
             try:
                 if times is None:
                     raise Dropped(Outcome("failed", failure or "no time"))
-                attempts[name].verify(turns[name].timed.out)
+                attempts[name].sample_and_verify(turns[name])
                 rows[name].take(times)
             except Dropped as dropped:
                 self.drop(rows[name], dropped.outcome)
+        recovered(self.session)
         complete(list(rows.values()), case, self.link_gbps)
         return list(rows.values())
 
@@ -236,11 +243,3 @@ def finish(state: Run, unmeasured: int) -> None:
         state.console.print(f"[red bold]{state.verdicts.wrong} wrong results. They have no time.[/]")
     if state.verdicts.failed:
         state.console.print(f"[red bold]{state.verdicts.failed} failures of providers that had to run.[/]")
-
-
-def close(session: Session) -> None:
-    """Gives the arena back, where one was made."""
-    if "arena" in session.made:
-        import tp_overlap_kernels as tpo
-
-        tpo.close()

@@ -210,10 +210,12 @@ class Effort:
 
 @dataclass
 class Turn:
-    """One provider's share of the turns: what to sample, inside which context, and what came of it."""
+    """One provider's share of the turns: what to sample, inside which context, how to ask the device whether it went
+    well, and what came of it."""
 
     timed: Timed
     active: Callable[[], AbstractContextManager[object]]
+    check: Callable[[], None]
     samples: list[float] = field(default_factory=list)
     failure: str | None = None
 
@@ -222,6 +224,7 @@ class Turn:
             with self.active():
                 read = self.timed.queue()
             clock.idle()
+            self.check()
             self.samples.append(read())
         except Exception as error:
             self.failure = one_line(error)

@@ -72,11 +72,11 @@ class NcclSymmetric(Nccl):
 
     def _register(self) -> tuple[Any, torch.Tensor]:
         group: Any = dist.group.WORLD
+        dist.all_reduce(torch.zeros(1, device=self.world.device))  # the communicator exists before memory joins it
         backend = group._get_backend(self.world.device)
         pool = torch.cuda.MemPool(backend.mem_allocator)
         with torch.cuda.use_mem_pool(pool):
             memory = torch.empty(self.session.max_elems, dtype=self.session.dtype, device=self.world.device)
-        dist.all_reduce(torch.zeros(1, device=self.world.device))  # the communicator exists before memory joins it
         backend.register_mem_pool(pool, symm=True)
         return pool, memory  # the pool lives as long as its memory is used
 

@@ -27,9 +27,9 @@ from .cases import ALL_REDUCE, Case, Layer, cases
 from .inputs import LayerInputs
 from .launch import World
 from .provider import Session
-from .providers import Ours
+from .providers import Ours, close, recovered
 from .results import describe_run
-from .runner import DTYPES, by_inputs, close, progress_bar, release
+from .runner import DTYPES, by_inputs, progress_bar, release
 from .timing import Clock, CpuClock, CudaClock, Effort, Turn, measure
 from .truth import Truth
 
@@ -75,21 +75,46 @@ class Tuning:
 
     def case(self, case: Case, inputs: LayerInputs, truth: Truth) -> dispatch_table.Entry | None:
         """The entry of a case, or None where no candidate survived."""
-        turns: dict[str, Turn] = {}
-        dropped: Counter[str] = Counter()
+        dropped: dict[str, str] = {}  # spec -> kind
+        ready = None
+        while ready is None:
+            ready = self.attempt_all(case, inputs, truth, dropped)
+        rough = self.times({spec: turn for spec, (_, turn) in ready.items()}, FIRST_PASS)
+        final = self.times({spec: ready[spec][1] for spec in finalists(rough)}, FINAL)
+        for spec in list(final):
+            try:
+                attempt, turn = ready[spec]
+                attempt.sample_and_verify(turn)  # still right after all those turns
+            except Dropped as reason:
+                del final[spec]
+                self.drop(spec, case, reason, dropped)
+        recovered(self.session)
+        entry = entry_of(case, final)
+        self.console.print(escape(_line(case, entry, len(ready), Counter(dropped.values()))), highlight=False)
+        return entry
+
+    def attempt_all(
+        self, case: Case, inputs: LayerInputs, truth: Truth, dropped: dict[str, str]
+    ) -> dict[str, tuple[Attempt, Turn]] | None:
+        """Attempts and turns of all candidates that are right; `dropped` names those to leave out and gets those that
+        fail. None where a failure cost the arena and with it the graphs captured so far: to be called again."""
+        ready: dict[str, tuple[Attempt, Turn]] = {}
         for spec in self.options.specs or candidates(case):
+            if spec in dropped:
+                continue
             try:
                 provider = together(self.world, functools.partial(self.provider, spec))
                 attempt = Attempt(provider, case, inputs, truth, self.clock)
-                turns[spec] = Turn(attempt.timed(attempt.prepared(), self.options.mode), provider.active)
+                ready[spec] = attempt, attempt.turn(attempt.timed(attempt.prepared(), self.options.mode))
             except Dropped as reason:
-                dropped[reason.outcome.kind] += 1
-                self.refused[spec] = f"{reason.outcome.kind}: {reason.outcome.reason} (M={case.M}, {case.layer.label})"
-        rough = self.times(turns, FIRST_PASS)
-        final = self.times({spec: turns[spec] for spec in finalists(rough)}, FINAL)
-        entry = entry_of(case, final)
-        self.console.print(escape(_line(case, entry, len(turns), dropped)), highlight=False)
-        return entry
+                self.drop(spec, case, reason, dropped)
+                if reason.outcome.kind != "declined" and recovered(self.session):
+                    return None
+        return ready
+
+    def drop(self, spec: str, case: Case, reason: Dropped, dropped: dict[str, str]) -> None:
+        dropped[spec] = reason.outcome.kind
+        self.refused[spec] = f"{reason.outcome.kind}: {reason.outcome.reason} (M={case.M}, {case.layer.label})"
 
     def provider(self, spec: str) -> Ours:
         """CPU ranks, which the tuner's own tests use, have plans only where the kernels are interpreted."""

@@ -32,6 +32,12 @@ def raises_on_rank_1(a, w, group_name):
         raise RuntimeError("no room on this rank")
     return a @ w.T
 
+def parts_company_at_one_row(a, w, group_name):
+    import torch
+    if a.shape[0] > 1:
+        return right(a, w, group_name)
+    return torch.ops.tp_overlap.gemm_all_reduce(a, w[: 16 * (1 + dist.get_rank())], group_name)
+
 def dies_on_rank_1(a, w, group_name):
     if dist.get_rank() == 1:
         import os
@@ -169,3 +175,12 @@ def test_explain_prints_the_plan_without_a_gpu():
     assert done.exit_code == 0 and "plan" in done.output and "M=16 N=8192 K=4096" in done.output
     refused = CliRunner().invoke(cli.app, ["explain", "gemm", "16", "8192", "4096"])
     assert refused.exit_code == 2 and "gemm_all_reduce" in refused.output
+
+
+def test_a_group_that_failed_in_one_case_measures_the_next(bench, tmp_path):
+    providers = ["--provider", "interp", "--provider", "mine=made_here:parts_company_at_one_row"]
+    code, text = bench(*small(*providers, "--json", "out.json"))
+    assert code == 2, text
+    rows = rows_of(tmp_path / "out.json")
+    assert "CallMismatch" in rows["mine", 1]["reason"]
+    assert rows["interp", 16]["us"] > 0 and rows["mine", 16]["us"] > 0

@@ -41,7 +41,7 @@ def right(inputs: LayerInputs, M: int, rounding: str) -> torch.Tensor:
 def test_right_results_pass(world, M, dtype, rounding):
     inputs = LayerInputs(LAYER, 300, dtype, world, seed=1)
     case = Case(GEMM_ALL_REDUCE, LAYER, M, str(dtype).removeprefix("torch."), 2)
-    assert truth.Truth(inputs, M).wrong(right(inputs, M, rounding), case, rounding, equal_bits=True) is None
+    assert truth.Truth(inputs, M).wrong(right(inputs, M, rounding), case, rounding) is None
 
 
 def wrong_results():
@@ -74,7 +74,7 @@ def test_wrong_results_are_stopped(world, spoil):
     inputs = LayerInputs(LAYER, 300, torch.bfloat16, world, seed=1)
     case = Case(GEMM_ALL_REDUCE, LAYER, 300, "bfloat16", 2)
     out = spoil(right(inputs, 300, truth.ONCE), inputs)
-    assert truth.Truth(inputs, 300).wrong(out, case, truth.ONCE, equal_bits=True)
+    assert truth.Truth(inputs, 300).wrong(out, case, truth.ONCE)
 
 
 def test_scattered_rows_are_held_against_their_own_part(world):
@@ -82,8 +82,8 @@ def test_scattered_rows_are_held_against_their_own_part(world):
     case = Case(GEMM_REDUCE_SCATTER, LAYER, 300, "bfloat16", 2)
     whole = right(inputs, 300, truth.ONCE)
     check = truth.Truth(inputs, 300)
-    assert check.wrong(whole[:150], case, truth.ONCE, equal_bits=True) is None
-    assert check.wrong(whole[150:], case, truth.ONCE, equal_bits=True)
+    assert check.wrong(whole[:150], case, truth.ONCE) is None
+    assert check.wrong(whole[150:], case, truth.ONCE)
 
 
 def test_a_message_is_its_own_partial(world):
@@ -91,8 +91,8 @@ def test_a_message_is_its_own_partial(world):
     case = Case(ALL_REDUCE, LAYER, 300, "bfloat16", 2)
     total = sum(inputs.activation(rank).float() for rank in range(2)).bfloat16()
     check = truth.Truth(inputs, 300)
-    assert check.wrong(total, case, truth.ONCE, equal_bits=True) is None
-    assert check.wrong(total * 1.03, case, truth.ONCE, equal_bits=True)
+    assert check.wrong(total, case, truth.ONCE) is None
+    assert check.wrong(total * 1.03, case, truth.ONCE)
 
 
 @pytest.mark.parametrize("M, world_size", [(129, 2), (8192, 2), (8191, 8)])

@@ -147,9 +147,11 @@ def _rank_main(
         code = INTERRUPTED
     except Exception:
         traceback.print_exc()
-    if code in (CRASHED, INTERRUPTED):
+    if code in (CRASHED, INTERRUPTED) or topology.device_type == "cuda":
+        # Destroying a group whose peers are gone can block for ever, and memory that is registered with a communicator
+        # does not say in which order the two want to end. The system takes everything back.
         sys.stdout.flush()
-        os._exit(code)  # destroying a group whose peers are gone can block for ever
+        os._exit(code)
     dist.destroy_process_group()
     return code
 

@@ -126,11 +126,15 @@ class GraphTimed:
     def capture(cls, clock: CudaClock, call: Call, weights: list[torch.Tensor]) -> GraphTimed:
         order = rotation(max(CALLS_A_SAMPLE, len(weights)), max(1, len(weights)))
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         clock.idle()
-        # Threads of the communication library ask for the state of events meanwhile; only this thread captures.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for copy in order:
-                out = call(weights[copy] if weights else None)
+        try:
+            # Threads of the communication library ask for the state of events meanwhile; only this thread captures.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for copy in order:
+                    out = call(weights[copy] if weights else None)
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
         return cls(clock, graph, len(order), out)
 
     def queue(self) -> Callable[[], float]:

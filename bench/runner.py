@@ -233,6 +233,8 @@ def finish(state: Run, unmeasured: int) -> None:
             f"torch {meta['torch']}, triton {meta['triton']}",
             sep="",
         )
+    right = sum(row.correct is True for row in state.results.rows)
+    state.console.print(f"{right} results are right by float64 and were timed.")
     if unmeasured:
         state.console.print(
             f"{unmeasured} cases were not measured: the budget of {state.options.budget_s:g} s was spent."

@@ -44,6 +44,7 @@ PARAM_NAMES = (
     "chunks",
     "own_chunks",
     "taper",
+    "stagger_ns",
 )
 
 

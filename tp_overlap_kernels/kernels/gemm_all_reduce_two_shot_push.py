@@ -38,7 +38,7 @@ from ..lang.peer import slot_at, staging_slot, symm_at
 OP = tl.constexpr(1)
 
 
-@triton.jit(do_not_specialize=["M", "m_tiles", "rows_per_rank", "call_hash", "rank", "timeout_ns"])
+@triton.jit(do_not_specialize=["M", "m_tiles", "rows_per_rank", "call_hash", "rank", "stagger_ns", "timeout_ns"])
 def gemm_all_reduce_two_shot_push(
     a_desc,
     b_desc,
@@ -64,6 +64,7 @@ def gemm_all_reduce_two_shot_push(
     result_offset,
     call_hash,
     rank,
+    stagger_ns,  # between the starts of two CTAs: the link's time for a tile
     timeout_ns,
     WORLD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -81,6 +82,7 @@ def gemm_all_reduce_two_shot_push(
     tiles_per_owner = m_tiles * n_tiles
     failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
 
+    signal.stagger(pid * stagger_ns)
     k_tiles = tl.cdiv(K, BLOCK_K)
     total = WORLD * tiles_per_owner
     steps = tl.cdiv(total - pid, programs) * k_tiles
@@ -90,6 +92,8 @@ def gemm_all_reduce_two_shot_push(
     t = pid
     row0 = 0
     col0 = 0
+    pending = 0  # offset of the slot of the tile that is stored and not yet published; 0: none
+    pending_owner = rank
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # One loop over tiles and K together, so that the loads of the next tile are in flight during this one's epilogue.
     for _ in tl.range(0, steps):
@@ -104,6 +108,8 @@ def gemm_all_reduce_two_shot_push(
         b = b_desc.load([col0, k * BLOCK_K])
         acc = tl.dot(a, b.T, acc)
         if k == k_tiles - 1:
+            # The tile before this one has long arrived where it went: its release waits for nothing.
+            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
             rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)
             row_end = tl.minimum(M, (owner + 1) * rows_per_rank)
             if owner != rank:
@@ -111,7 +117,7 @@ def gemm_all_reduce_two_shot_push(
                 partial = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
                 first = owner * rows_per_rank
                 tile.store(partial, acc.to(DTYPE), rows - first, cols, row_end - first, N, pitch)
-                signal.notify(tl.load(heap_ptr + owner) + partial_flags + (t * WORLD + rank) * 8, word)
+                pending = partial_flags + (t * WORLD + rank) * 8
             else:
                 # 2. add the peers' partials to our own, store the sum and push it to all
                 first = rank * rows_per_rank
@@ -130,8 +136,11 @@ def gemm_all_reduce_two_shot_push(
                     peer = (rank + i) % WORLD
                     tile.store(symm_at(heap_ptr, result_offset, peer, DTYPE), result, rows, cols, row_end, N, pitch)
                 tile.store(out_ptr, result, rows, cols, row_end, N, out_pitch)
-                signal.notify_all(heap_ptr, result_flags + (rank * tiles_per_owner + t) * 8, word, rank, WORLD)
+                pending = result_flags + (rank * tiles_per_owner + t) * 8
+            pending_owner = owner
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
 
     # 3. the sums of the other owners, from the arena to the caller's tensor, in the order in which they were computed
     collect_results(

@@ -36,7 +36,7 @@ from ..lang.peer import slot_at, staging_slot
 OP = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["M", "m_tiles", "rows_per_rank", "call_hash", "rank", "timeout_ns"])
+@triton.jit(do_not_specialize=["M", "m_tiles", "rows_per_rank", "call_hash", "rank", "stagger_ns", "timeout_ns"])
 def gemm_reduce_scatter_push(
     a_desc,
     b_desc,
@@ -60,6 +60,7 @@ def gemm_reduce_scatter_push(
     staging_slot_bytes,
     call_hash,
     rank,
+    stagger_ns,  # between the starts of two CTAs: the link's time for a tile
     timeout_ns,
     WORLD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -77,6 +78,7 @@ def gemm_reduce_scatter_push(
     tiles_per_owner = m_tiles * n_tiles
     failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
 
+    signal.stagger(pid * stagger_ns)
     k_tiles = tl.cdiv(K, BLOCK_K)
     steps = tl.cdiv(WORLD * tiles_per_owner - pid, programs) * k_tiles
     step = pid - programs
@@ -85,6 +87,8 @@ def gemm_reduce_scatter_push(
     t = pid
     row0 = 0
     col0 = 0
+    pending = 0  # offset of the slot of the tile that is stored and not yet published; 0: none
+    pending_owner = rank
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # One loop over tiles and K together, so that the loads of the next tile are in flight during this one's epilogue.
     for _ in tl.range(0, steps):
@@ -93,20 +97,21 @@ def gemm_reduce_scatter_push(
             step += programs
             owner, t = tile.pivot(step, tiles_per_owner, rank, WORLD)
             m, n = tile.swizzle(t, m_tiles, n_tiles, GROUP_M)
-            row0 = owner * rows_per_rank + m * BLOCK_M
+            row0 = m * BLOCK_M  # within the owner's block
             col0 = n * BLOCK_N
-        a = a_desc.load([row0, k * BLOCK_K])
+        a = a_desc.load([owner * rows_per_rank + row0, k * BLOCK_K])
         b = b_desc.load([col0, k * BLOCK_K])
         acc = tl.dot(a, b.T, acc)
         if k == k_tiles - 1:
-            first = owner * rows_per_rank
-            rows, cols = tile.offsets(row0 - first, col0, BLOCK_M, BLOCK_N)  # rows within the owner's block
-            row_end = tl.minimum(M - first, rows_per_rank)
+            # The tile before this one has long arrived where it went: its release waits for nothing.
+            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+            rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)
+            row_end = tl.minimum(M - owner * rows_per_rank, rows_per_rank)
             if owner != rank:
                 # 1. push the partial to its owner
                 partial = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
                 tile.store(partial, acc.to(DTYPE), rows, cols, row_end, N, pitch)
-                signal.notify(tl.load(heap_ptr + owner) + partial_flags + (t * WORLD + rank) * 8, word)
+                pending = partial_flags + (t * WORLD + rank) * 8
             else:
                 # 2. add the peers' partials to our own and store
                 for i in tl.static_range(0, WORLD - 1):
@@ -121,5 +126,8 @@ def gemm_reduce_scatter_push(
                 acc += tile.load_bias(bias_ptr, cols, N, HAS_BIAS)[None, :]
                 result = tl.where(failed == 0, acc, float("nan")).to(DTYPE)
                 tile.store(out_ptr, result, rows, cols, row_end, N, out_pitch)
+                pending = 0
+            pending_owner = owner
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
     signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)

@@ -290,6 +290,36 @@ def wait_each(slots, word, timeout_ns, control_ptr, record_ptr, who):
     return tl.max(status, axis=0)
 
 
+_STAGGER = tl.constexpr("""
+{
+    .reg .pred late;
+    .reg .b64 now, until;
+    mov.u64 until, %globaltimer;
+    add.u64 until, until, $1;
+    asleep:
+    mov.u64 now, %globaltimer;
+    setp.ge.u64 late, now, until;
+    @late bra awake;
+    nanosleep.u32 100;
+    bra asleep;
+    awake:
+    mov.u32 $0, 0;
+}
+""")
+
+
+@triton.jit
+def stagger(delay_ns):
+    """Begin `delay_ns` later. Orders nothing: it spreads CTAs in time that would else all push at once.
+
+    CTAs of equal work run in step, and the link serves them all at the same slow rate while no math runs. Each one late
+    by the link's time for one tile, they push one after the other, and each push hides behind the others' math.
+    """
+    if delay_ns > 0:
+        delay = tl.full((), 0, tl.int64) + delay_ns
+        tl.inline_asm_elementwise(_STAGGER, "=r,l", [delay], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def consume_token(value, token):
     """Tie `value` to a wait, as in Triton-Distributed. Stock Triton keeps the order of an impure `wait` by itself, so this is `value`."""
@@ -302,6 +332,20 @@ def notify_all(heap_ptr, offset, word, rank, WORLD: tl.constexpr):
     for i in tl.static_range(1, WORLD):
         peer = (rank + i) % WORLD
         notify(tl.load(heap_ptr + peer) + offset, word)
+
+
+@triton.jit
+def publish(heap_ptr, slot_offset, owner, word, rank, WORLD: tl.constexpr):
+    """Notify what was stored some time ago: the owner if that is a peer, every peer if it is us. Offset 0: nothing.
+
+    A release waits until the thread's stores have arrived, a microsecond and more under load, in which the tensor cores
+    idle. Called one tile later, it finds them arrived. To be called before the CTA waits for anybody, and at its end.
+    """
+    if slot_offset != 0:
+        if owner != rank:
+            notify(tl.load(heap_ptr + owner) + slot_offset, word)
+        else:
+            notify_all(heap_ptr, slot_offset, word, rank, WORLD)
 
 
 @triton.jit
@@ -343,6 +387,11 @@ def _notify_cpu(slot, word):
     program_state().barrier()  # the one inside the primitive
     tl.atomic_xchg(_slot(value_of(slot)), word, sem="release", scope="sys")
     return as_tensor(0, tl.int32)
+
+
+@cpu_impl(stagger)
+def _stagger_cpu(delay_ns):
+    pass
 
 
 @cpu_impl(count_in)

@@ -51,6 +51,7 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return
     a, out = a.reshape(-1, K), out.view(-1, N)
+    bias = bias.contiguous() if bias is not None else None  # the kernels index it by column
     M = a.shape[0]
     plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
     if plan.name in ("local", "ref") or plan.name.startswith("unfused_"):

@@ -68,6 +68,7 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return
     a = a.reshape(M, K)
+    bias = bias.contiguous() if bias is not None else None  # the kernels index it by column
     plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
     if plan.name in ("local", "ref") or plan.name == "unfused_nccl":
         _unfused(arena, plan, a, b, bias, out, word)

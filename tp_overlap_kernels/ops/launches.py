@@ -16,10 +16,11 @@ from ..kernels.gemm_reduce_scatter_push import gemm_reduce_scatter_push
 from ..kernels.reduce_scatter_push import reduce_scatter_push
 from ..lang.launch import Launch, specialisation
 from ..memory.arena import Arena
-from ..memory.layout import align_down, align_up, pitch, rows_per_rank
+from ..memory.layout import align_up, pitch, rows_per_rank
 from .operands import describe
 
-COPY_BLOCK = 4096  # elements of a block in kernels that only move and add: 16 a thread
+LINK_BYTES_PER_NS = 350  # what stores of SMs reach, both directions busy, H200
+COPY_BLOCKS = (1024, 16384)  # elements of a block in kernels that only move and add, least and most
 
 
 def _launch(arena: Arena, kernel, key: tuple, **meta) -> Launch:
@@ -60,10 +61,18 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
         return min(room.one_shot_bytes // itemsize, room.one_shot_tiles * 1024)
     if plan.name == "sentinel":
         return room.sentinel_bytes // itemsize
-    part = align_down(room.staging_slot_bytes // itemsize, COPY_BLOCK) or room.staging_slot_bytes // itemsize
-    by_flags = room.tile_slots // W * COPY_BLOCK
-    whole = min(part, by_flags) * (W if part >= COPY_BLOCK else 1)
-    return min(whole, (room.total_bytes - room.result) // itemsize, 1 << 30)
+    slot = room.staging_slot_bytes // itemsize
+    # A part is rounded up to whole blocks; in a tiny arena one owner may get all.
+    step = W * (slot - COPY_BLOCKS[1]) if slot >= 4 * COPY_BLOCKS[1] else slot
+    return min(step, (room.total_bytes - room.result) // itemsize, 1 << 30)
+
+
+def _copy_block(elements: int, programs: int) -> dict[str, int]:
+    """Elements of a block such that a call fills the grid: a flag a block, so no smaller than need be."""
+    block = COPY_BLOCKS[0]
+    while block < COPY_BLOCKS[1] and block * programs < elements:
+        block *= 2
+    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
 
 
 def gemm_all_reduce_one_shot(
@@ -134,6 +143,7 @@ def _gemm_staged(
         *pads,
         word,
         arena.rank,
+        plan.get("stagger_ns", meta["BLOCK_M"] * meta["BLOCK_N"] * 2 // LINK_BYTES_PER_NS),
         arena.timeout_ns,
     )
 
@@ -157,18 +167,17 @@ def gemm_reduce_scatter(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Te
 def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
     """kernels/all_reduce_one_shot_push.py; x and out flat."""
     n, W, room = x.numel(), arena.world_size, arena.layout
-    block = 1024 if n <= 128 * 1024 else COPY_BLOCK
+    meta = _copy_block(n, arena.programs)
     launch = _launch(
         arena,
         all_reduce_one_shot_push,
         specialisation(x, out, n),
         WORLD=W,
         DTYPE=_triton_dtype(x),
-        BLOCK=block,
-        num_warps=4 if block == 1024 else 8,
+        **meta,
     )
     launch(
-        min(-(-n // block), arena.programs),
+        min(-(-n // meta["BLOCK"]), arena.programs),
         x,
         out,
         arena.heap,
@@ -189,18 +198,18 @@ def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
 def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
     """kernels/all_reduce_two_shot_push.py; x and out flat."""
     n, W, room = x.numel(), arena.world_size, arena.layout
-    part = align_up(rows_per_rank(n, W), COPY_BLOCK)
+    meta = _copy_block(rows_per_rank(n, W), arena.programs)
+    part = align_up(rows_per_rank(n, W), meta["BLOCK"])
     launch = _launch(
         arena,
         all_reduce_two_shot_push,
         specialisation(x, out, n),
         WORLD=W,
         DTYPE=_triton_dtype(x),
-        BLOCK=COPY_BLOCK,
-        num_warps=8,
+        **meta,
     )
     launch(
-        min(part // COPY_BLOCK, arena.programs),
+        min(part // meta["BLOCK"], arena.programs),
         x,
         out,
         arena.heap,
@@ -225,6 +234,7 @@ def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, wo
     """kernels/reduce_scatter_push.py; x: [M, N] contiguous, out: our rows of it."""
     (M, N), W, room = x.shape, arena.world_size, arena.layout
     part = rows_per_rank(M, W) * N
+    meta = _copy_block(part, arena.programs)
     launch = _launch(
         arena,
         reduce_scatter_push,
@@ -232,11 +242,10 @@ def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, wo
         WORLD=W,
         HAS_BIAS=bias is not None,
         DTYPE=_triton_dtype(x),
-        BLOCK=COPY_BLOCK,
-        num_warps=8,
+        **meta,
     )
     launch(
-        min(-(-part // COPY_BLOCK), arena.programs),
+        min(-(-part // meta["BLOCK"]), arena.programs),
         x,
         out if bias is None else bias,
         out,

@@ -26,78 +26,74 @@ class Candidate:
         return self.least_M <= case.M <= self.most_M and case.world_size <= self.most_ranks
 
 
-def _tiles(name: str, m: int, n: int, k: int, stages: int, warps: int, group_m: int) -> str:
-    return f"{name}:block_m={m},block_n={n},block_k={k},num_stages={stages},num_warps={warps},group_m={group_m}"
+def _tiles(
+    name: str, m: int, n: int, k: int, stages: int, warps: int, group_m: int, stagger_ns: int | None = None
+) -> str:
+    late = "" if stagger_ns is None else f",stagger_ns={stagger_ns}"
+    return f"{name}:block_m={m},block_n={n},block_k={k},num_stages={stages},num_warps={warps},group_m={group_m}{late}"
 
 
 # Decode: a block owns block_n columns over all of K. Narrow blocks fill the GPU, deep stages keep memory busy.
-_DECODE_TILES = (  # block_n, block_k, num_stages, num_warps
-    (64, 128, 4, 4),
-    (64, 64, 6, 4),
-    (64, 256, 3, 4),
-    (32, 128, 6, 4),
-    (32, 256, 4, 4),
-    (128, 64, 5, 4),
-    (128, 128, 3, 8),
-    (64, 128, 4, 8),
+_ONE_SHOT = (  # block_m, block_n, block_k, num_stages, num_warps, least M, most M
+    (16, 64, 128, 4, 4, 1, 16),
+    (16, 64, 256, 4, 4, 1, 16),
+    (16, 32, 256, 4, 4, 1, 16),
+    (16, 32, 128, 6, 4, 1, 16),
+    (64, 64, 128, 4, 4, 17, 256),
+    (64, 64, 64, 6, 4, 17, 64),
+    (64, 32, 128, 6, 4, 17, 64),
+    (128, 64, 64, 4, 4, 65, 512),
+    (128, 128, 64, 4, 8, 65, 1024),
 )
-_DECODE_ROWS = ((16, 1, 16), (32, 17, 32), (64, 1, 256), (128, 65, 256))  # block_m, tried from M to M
 
-# Prefill. 128 x 256 is the tile of the best plain GEMM; smaller ones where it leaves SMs idle.
-_PREFILL_TILES = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, least M
-    (128, 256, 64, 3, 8, 8, 256),
-    (128, 256, 64, 4, 8, 8, 256),
-    (128, 256, 64, 3, 8, 16, 1024),
-    (256, 128, 64, 3, 8, 8, 512),
-    (128, 128, 64, 4, 8, 8, 65),
-    (128, 128, 64, 4, 4, 8, 65),
-    (128, 128, 128, 3, 8, 8, 65),
-    (64, 256, 64, 4, 8, 8, 65),
-    (64, 128, 64, 5, 4, 8, 17),
-    (64, 64, 128, 4, 4, 8, 17),
+# Prefill: 128 x 256 is the tile of the best plain GEMM; smaller ones where it leaves SMs idle. The stagger is the
+# link's time for a tile (187 ns for 128 x 256), less where the last wave matters more, more where links are slow.
+_STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, staggers, least M, most M
+    (128, 256, 64, 3, 8, 8, (1, 93, 187, 280), 512, ANY),
+    (128, 256, 64, 3, 8, 8, (374,), 8192, ANY),
+    (128, 256, 64, 3, 8, 4, (187,), 2048, ANY),
+    (128, 128, 64, 4, 8, 8, (1, 46, 93), 128, 1024),
+    (64, 256, 64, 4, 8, 8, (1, 46, 93), 128, 512),
+    (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
-_SCATTER_DECODE_TILES = (  # as above; a rank's share is a part of these rows
-    (16, 64, 128, 4, 4, 1),
-    (16, 32, 256, 4, 4, 1),
-    (32, 64, 128, 4, 4, 1),
-    (64, 32, 128, 5, 4, 1),
+_SCATTER_DECODE = (  # as _ONE_SHOT; a rank's share is a part of these rows
+    (16, 64, 128, 4, 4, 1, 32),
+    (16, 32, 256, 4, 4, 1, 32),
+    (64, 64, 128, 4, 4, 17, 128),
+    (64, 32, 128, 6, 4, 17, 128),
 )
-_CHUNKS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # of the peer's rows, of the own rows
+_CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
-def _decode(name: str) -> list[Candidate]:
+def _one_shot() -> list[Candidate]:
+    return [Candidate(_tiles("one_shot", *tile, 1), least, most) for *tile, least, most in _ONE_SHOT]
+
+
+def _staged(name: str) -> list[Candidate]:
     return [
-        Candidate(_tiles(name, block_m, n, k, stages, warps, 1), least_M, most_M)
-        for block_m, least_M, most_M in _DECODE_ROWS
-        for n, k, stages, warps in _DECODE_TILES
+        Candidate(_tiles(name, *tile, stagger), least, most)
+        for *tile, staggers, least, most in _STAGED
+        for stagger in staggers
     ]
 
 
-def _prefill(name: str) -> list[Candidate]:
-    return [Candidate(_tiles(name, *numbers), least_M) for *numbers, least_M in _PREFILL_TILES]
-
-
 def _chunked() -> list[Candidate]:
-    return [Candidate(f"chunked:chunks={c},own_chunks={own}", 512, most_ranks=2) for c, own in _CHUNKS]
+    return [Candidate(f"chunked:chunks={c},own_chunks={own}", 2048, most_ranks=2) for c, own in _CHUNKS]
 
 
 CANDIDATES: dict[str, list[Candidate]] = {
     GEMM_ALL_REDUCE: [
-        Candidate("one_shot", most_M=256),
-        *_decode("one_shot"),
-        Candidate("two_shot", least_M=17),
-        *_prefill("two_shot"),
+        *_one_shot(),
+        *_staged("two_shot"),
         *_chunked(),
-        Candidate("unfused_one_shot", most_M=512),
-        Candidate("unfused_two_shot"),
-        Candidate("unfused_sentinel", most_M=256),
-        Candidate("unfused_symm_mem_two_shot"),
-        Candidate("unfused_nccl"),
+        Candidate("unfused_one_shot", most_M=1024),
+        Candidate("unfused_two_shot", least_M=64),
+        Candidate("unfused_sentinel", most_M=64),
+        Candidate("unfused_nccl", least_M=1024),
     ],
     GEMM_REDUCE_SCATTER: [
-        Candidate("push"),
-        *(Candidate(_tiles("push", *numbers), most_M=64) for numbers in _SCATTER_DECODE_TILES),
-        *_prefill("push"),
+        *(Candidate(_tiles("push", *tile, 1, 1), least, most) for *tile, least, most in _SCATTER_DECODE),
+        *_staged("push"),
         *_chunked(),
         Candidate("unfused_push"),
         Candidate("unfused_nccl"),

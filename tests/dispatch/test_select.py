@@ -206,8 +206,6 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
         ("unfused_nccl", gemm(AR, 8192), h200(ranks_per_device=2), "two ranks on one device"),
         ("nccl", elements(64), h200(ranks_per_device=2), "two ranks on one device"),
-        ("unfused_symm_mem_two_shot", gemm(AR, 8, dtype="float16"), h200(), "not float16"),
-        ("unfused_symm_mem_two_shot", gemm(AR, 1, N=8), h200(), "no multiple of 32"),
         ("unfused_nccl", gemm(AR, 8), cpu("interp"), "no CPU twin"),
         ("two_shot", gemm(AR, 8), cpu("ref"), "knows only the plan 'ref'"),
         ("two_shot", gemm(AR, 8, world_size=1), h200(1), "knows only the plan 'local'"),

@@ -24,7 +24,6 @@ PLAN_NAMES = {
         "unfused_two_shot",
         "unfused_one_shot",
         "unfused_sentinel",
-        "unfused_symm_mem_two_shot",
         "unfused_nccl",
     ),
     "gemm_reduce_scatter": ("push", "chunked", "unfused_push", "unfused_nccl"),

@@ -131,7 +131,7 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 # ---- what a plan needs
 
-_CUDA_ONLY = ("sentinel", "unfused_sentinel", "nccl", "unfused_nccl", "unfused_symm_mem_two_shot")
+_CUDA_ONLY = ("sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
 _TILED = ("one_shot", "two_shot", "push")
 
 
@@ -168,16 +168,6 @@ def _nccl_limit(problem: Problem, topology: Topology) -> str | None:
     return "NCCL refuses two ranks on one device" if topology.ranks_per_device > 1 else None
 
 
-def _symm_mem_limit(problem: Problem, topology: Topology) -> str | None:
-    if problem.dtype == "float16":
-        return "torch's symmetric-memory all-reduce takes bfloat16 and float32, not float16"
-    # Each rank's share has to be whole 16-byte words; torch itself would refuse some of these sizes.
-    step = 16 * topology.world_size
-    if problem.message_bytes % step == 0:
-        return None
-    return f"the message of {problem.message_bytes} bytes is no multiple of {step}"
-
-
 _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
     "one_shot": _one_shot_limit,
     "unfused_one_shot": _one_shot_limit,
@@ -186,7 +176,6 @@ _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
     "chunked": _chunked_limit,
     "nccl": _nccl_limit,
     "unfused_nccl": _nccl_limit,
-    "unfused_symm_mem_two_shot": _symm_mem_limit,
 }
 
 

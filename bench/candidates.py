@@ -89,7 +89,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
         Candidate("unfused_sentinel", most_M=64),
-        Candidate("unfused_nccl", least_M=1024),
+        Candidate("unfused_nccl"),
     ],
     GEMM_REDUCE_SCATTER: [
         *(Candidate(_tiles("push", *tile, 1, 1), least, most) for *tile, least, most in _SCATTER_DECODE),

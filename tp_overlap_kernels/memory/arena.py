@@ -55,6 +55,7 @@ class Arena:
     programs: int = 3  # most programs of a grid: one an SM; a few threads where kernels are interpreted
     side_streams: list[Any] = field(default_factory=list)  # made at init: capture may not create them
     cache: dict[Any, Any] = field(default_factory=dict)  # plans and compiled kernels; dies with the arena
+    prepared: dict[Any, Any] = field(default_factory=dict)  # calls checked and planned before (ops.prepared); likewise
 
     @property
     def timeout_ns(self) -> int:
@@ -93,6 +94,7 @@ class Arena:
         if self.watch:
             self.watch.close()
         self.cache.clear()
+        self.prepared.clear()
         self.store.close()
 
 

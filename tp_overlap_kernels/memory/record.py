@@ -66,11 +66,13 @@ class Record:
     def __init__(self, device: torch.device):
         self.words = torch.zeros(WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._view = self.words.numpy()
+        self._words = memoryview(self._view)  # the same bytes, read as Python ints: half the time of numpy's scalars
 
     @property
     def failed(self) -> bool:
         """Whether a wait of this rank has failed or was asked to end."""
-        return self._view[1] != 0 or self._view[0] != 0
+        words = self._words
+        return words[1] != 0 or words[0] != 0
 
     def abort(self) -> None:
         """Ask every wait of this rank to end."""

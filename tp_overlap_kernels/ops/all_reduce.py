@@ -1,5 +1,9 @@
 """all_reduce(x, group_name): the sum of x over the ranks, as one op. See `all_reduce` below for the contract."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +16,7 @@ from . import reference
 from .checks import check_arena, check_out, check_tensors
 from .execute import plan_for, settle
 from .library import register
+from .prepared import Prepared, recall, remember, sum_key_of
 
 OP = "all_reduce"
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
@@ -27,42 +32,65 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
     Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on
     the CPU this one).
     """
+    key = sum_key_of(OP, x)
+    call = recall(group_name, key, x)
+    if call is not None:
+        out = x.new_empty_strided(call.shape, call.strides)  # a third less than torch.empty
+        call.sum(x, out)
+        return out
     check_tensors(OP, x)
     arena = check_arena(OP, group_name, x, 0)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _run(arena, x, out)
+    remember(arena, key, _run(arena, x, out))
     return out
 
 
 def all_reduce_out(x: Tensor, group_name: str, out: Tensor) -> None:
     """`all_reduce` into `out`: contiguous, x's shape and dtype; it may be x itself, but not overlap it otherwise."""
+    key = sum_key_of(OP, x, out)
+    call = recall(group_name, key, x, out)
+    if call is not None:
+        call.sum(x, out)
+        return
     check_tensors(OP, x, out)
     check_out(OP, out, x, tuple(x.shape))
-    _run(check_arena(OP, group_name, x, 0), x, out)
+    arena = check_arena(OP, group_name, x, 0)
+    remember(arena, key, _run(arena, x, out))
 
 
-def _run(arena: Arena, x: Tensor, out: Tensor) -> None:
+def _run(arena: Arena, x: Tensor, out: Tensor) -> Prepared | None:
+    """Run a call that has been checked. Returns it for the next time, unless there was nothing to do."""
     n = x.numel()
     if n == 0:
-        return
+        return None
     plan, word = plan_for(arena, OP, 1, n, 0, x.dtype, False)
-    sum_into(arena, plan, x.contiguous().view(-1), out.view(-1), word)
+    call = Prepared(partial(_issue, arena, plan, word), out, any_address=plan.name == "sentinel")
+    issued = call.issue(x, out)
+    if issued is not None:
+        call.again = issued.again(x_ptr=x.data_ptr(), out_ptr=out.data_ptr())
+    return call
+
+
+def _issue(arena: Arena, plan: Plan, word: int, x: Tensor, out: Tensor):
+    """The plan on these tensors. Returns what was issued, if it was one launch."""
+    issued = sum_into(arena, plan, x.contiguous().view(-1), out.view(-1), word)
     settle(arena)
+    return issued
 
 
-def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> None:
-    """Run an all-reduce plan on flat contiguous tensors, in pieces that fit the arena."""
+def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
+    """Run an all-reduce plan on flat contiguous tensors, in pieces that fit the arena. Returns what was issued, if it was one launch."""
     if plan.name == "local":
         out.copy_(x)
-        return
+        return None
     if plan.name == "nccl":
         if out.data_ptr() != x.data_ptr():
             out.copy_(x)
         dist.all_reduce(out, group=arena.group)
-        return
+        return None
     if plan.name == "ref":
         reference.all_reduce(arena, x, out, word)
-        return
+        return None
     from . import launches
 
     step = launches.elements_that_fit(arena, plan, x.element_size())
@@ -70,36 +98,68 @@ def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Non
         raise InvalidInput(
             f"{OP}: plan {plan.name!r} has no room in this arena. Call init with a larger max_M or max_N."
         )
+    run = {"one_shot": launches.all_reduce_one_shot, "two_shot": launches.all_reduce_two_shot}.get(plan.name, _sentinel)
+    if x.numel() <= step:
+        return run(arena, plan, x, out, word)
     for start in range(0, x.numel(), step):
-        piece, target = x[start : start + step], out[start : start + step]
-        if plan.name == "one_shot":
-            launches.all_reduce_one_shot(arena, plan, piece, target, word)
-        elif plan.name == "two_shot":
-            launches.all_reduce_two_shot(arena, plan, piece, target, word)
-        else:
-            _sentinel(arena, piece, target, word)
+        run(arena, plan, x[start : start + step], out[start : start + step], word)
+    return None
 
 
-def _sentinel(arena: Arena, x: Tensor, out: Tensor, word: int) -> None:
-    launcher = arena.cache.get("sentinel")
-    if launcher is None:
-        from ..kernels.all_reduce_one_shot_sentinel import SentinelLauncher
+def _sentinel(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> "_IssuedSentinel":
+    """csrc/kernels/all_reduce_one_shot_sentinel.cu; x and out flat."""
+    issued = _IssuedSentinel(arena, x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], word)
+    issued.launch(x.data_ptr(), out.data_ptr())
+    return issued
 
-        room = arena.layout
-        launcher = arena.cache["sentinel"] = SentinelLauncher(
-            base_table_ptr=arena.heap.data_ptr(),
-            control_ptr=arena.control.data_ptr(),
-            record_ptr=arena.record.words.data_ptr(),
-            sentinel_offset=room.sentinel,
-            sentinel_bytes=room.sentinel_bytes,
-            header_offset=room.header,
-            done_offset=room.done,
-            rank=arena.rank,
-            world_size=arena.world_size,
-            timeout_ns=arena.timeout_ns,
-        )
-    stream = torch.cuda.current_stream(arena.device).cuda_stream
-    launcher(x.data_ptr(), out.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], word, stream)
+
+@dataclass(slots=True)
+class _IssuedSentinel:
+    """The sentinel kernel's counterpart of lang.launch.Issued: a launch with a size, a dtype and a call hash."""
+
+    arena: Arena
+    x_ptr: int
+    n_elems: int
+    dtype_code: int
+    word: int
+
+    def launch(self, x_ptr: int, out_ptr: int) -> bool:
+        """Launch on the device's current stream; any addresses."""
+        launcher = self.arena.cache.get("sentinel") or _sentinel_launcher(self.arena)
+        stream = _stream_of(self.arena.device.index)
+        launcher(x_ptr, out_ptr, self.n_elems, self.dtype_code, self.word, stream)
+        return True
+
+    def again(self, x_ptr: int, out_ptr: int) -> Callable[[int, int], bool] | None:
+        """The same with other addresses; None if x had to be copied."""
+        return self.launch if x_ptr == self.x_ptr else None
+
+
+def _sentinel_launcher(arena: Arena):
+    from ..kernels.all_reduce_one_shot_sentinel import SentinelLauncher
+
+    room = arena.layout
+    launcher = arena.cache["sentinel"] = SentinelLauncher(
+        base_table_ptr=arena.heap.data_ptr(),
+        control_ptr=arena.control.data_ptr(),
+        record_ptr=arena.record.words.data_ptr(),
+        sentinel_offset=room.sentinel,
+        sentinel_bytes=room.sentinel_bytes,
+        header_offset=room.header,
+        done_offset=room.done,
+        rank=arena.rank,
+        world_size=arena.world_size,
+        timeout_ns=arena.timeout_ns,
+    )
+    return launcher
+
+
+def _current_stream(index: int | None) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# The stream as an integer without a Stream object around it: 0.2 us and not 2. Triton takes it from there, too.
+_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
 def _fake(x: Tensor, group_name: str) -> Tensor:

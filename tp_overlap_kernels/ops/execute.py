@@ -69,6 +69,11 @@ def forced_plan() -> str | None:
     return _choice.forced or settings().plan
 
 
+def choices() -> tuple[str | None, str | None]:
+    """What `force_plan` and `cpu_backend` say, as part of a cache key."""
+    return _choice.forced, _choice.cpu_backend
+
+
 def topology_of(arena: Arena) -> Topology:
     """The arena's topology, with the CPU backend in force now."""
     backend = backend_of(arena)
@@ -79,7 +84,7 @@ def topology_of(arena: Arena) -> Topology:
 
 def plan_for(arena: Arena, op: str, M: int, N: int, K: int, dtype: torch.dtype, bias: bool) -> tuple[Plan, int]:
     """The plan and the call hash, remembered for the life of the arena."""
-    key = (op, M, N, K, dtype, bias, _choice.forced, _choice.cpu_backend)
+    key = (op, M, N, K, dtype, bias, choices())
     found = arena.cache.get(key)
     if found is None:
         problem = Problem(op, M, N, K, DTYPE_NAMES[dtype], arena.world_size, bias)

@@ -1,7 +1,7 @@
 """From a plan to a launch: the arguments of each kernel, taken from the problem and from the group's arena.
 
 One function a kernel. Each takes tensors that have been checked, contiguous outputs, and calls that fit the arena
-(`rows_that_fit`).
+(`rows_that_fit`), and returns what it issued, which can then be had again with less work.
 """
 
 import triton.language as tl
@@ -14,7 +14,7 @@ from ..kernels.gemm_all_reduce_one_shot_push import gemm_all_reduce_one_shot_pus
 from ..kernels.gemm_all_reduce_two_shot_push import gemm_all_reduce_two_shot_push
 from ..kernels.gemm_reduce_scatter_push import gemm_reduce_scatter_push
 from ..kernels.reduce_scatter_push import reduce_scatter_push
-from ..lang.launch import Launch, specialisation
+from ..lang.launch import Issued, Launch, specialisation
 from ..memory.arena import Arena
 from ..memory.layout import align_up, pitch, rows_per_rank
 from .operands import describe
@@ -77,7 +77,7 @@ def _copy_block(elements: int, programs: int) -> dict[str, int]:
 
 def gemm_all_reduce_one_shot(
     arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
-):
+) -> Issued:
     """kernels/gemm_all_reduce_one_shot_push.py"""
     (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
     meta = _tiles(plan, grouped=False)
@@ -86,7 +86,7 @@ def gemm_all_reduce_one_shot(
     launch = _launch(
         arena, gemm_all_reduce_one_shot_push, key, WORLD=W, HAS_BIAS=bias is not None, DTYPE=_triton_dtype(a), **meta
     )
-    launch(
+    return launch(
         min(m_tiles * n_tiles, arena.programs),
         describe(a, meta["BLOCK_M"], meta["BLOCK_K"]),
         describe(b, meta["BLOCK_N"], meta["BLOCK_K"]),
@@ -115,14 +115,14 @@ def gemm_all_reduce_one_shot(
 
 def _gemm_staged(
     arena: Arena, plan: Plan, kernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int, *pads
-):
+) -> Issued:
     (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
     meta = _tiles(plan)
     rows = rows_per_rank(M, W)
     m_tiles, n_tiles = -(-rows // meta["BLOCK_M"]), -(-N // meta["BLOCK_N"])
     key = (N, K, specialisation(out, out if bias is None else bias))
     launch = _launch(arena, kernel, key, WORLD=W, HAS_BIAS=bias is not None, DTYPE=_triton_dtype(a), **meta)
-    launch(
+    return launch(
         min(W * m_tiles * n_tiles, arena.programs),
         describe(a, meta["BLOCK_M"], meta["BLOCK_K"]),
         describe(b, meta["BLOCK_N"], meta["BLOCK_K"]),
@@ -150,21 +150,21 @@ def _gemm_staged(
 
 def gemm_all_reduce_two_shot(
     arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
-):
+) -> Issued:
     """kernels/gemm_all_reduce_two_shot_push.py"""
     room = arena.layout
     pads = (room.done, room.partial_flags, room.result_flags, room.staging, room.staging_slot_bytes, room.result)
-    _gemm_staged(arena, plan, gemm_all_reduce_two_shot_push, a, b, bias, out, word, *pads)
+    return _gemm_staged(arena, plan, gemm_all_reduce_two_shot_push, a, b, bias, out, word, *pads)
 
 
-def gemm_reduce_scatter(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+def gemm_reduce_scatter(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> Issued:
     """kernels/gemm_reduce_scatter_push.py"""
     room = arena.layout
     pads = (room.done, room.partial_flags, room.staging, room.staging_slot_bytes)
-    _gemm_staged(arena, plan, gemm_reduce_scatter_push, a, b, bias, out, word, *pads)
+    return _gemm_staged(arena, plan, gemm_reduce_scatter_push, a, b, bias, out, word, *pads)
 
 
-def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
+def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Issued:
     """kernels/all_reduce_one_shot_push.py; x and out flat."""
     n, W, room = x.numel(), arena.world_size, arena.layout
     meta = _copy_block(n, arena.programs)
@@ -176,7 +176,7 @@ def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
         DTYPE=_triton_dtype(x),
         **meta,
     )
-    launch(
+    return launch(
         min(-(-n // meta["BLOCK"]), arena.programs),
         x,
         out,
@@ -195,7 +195,7 @@ def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
     )
 
 
-def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
+def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Issued:
     """kernels/all_reduce_two_shot_push.py; x and out flat."""
     n, W, room = x.numel(), arena.world_size, arena.layout
     meta = _copy_block(rows_per_rank(n, W), arena.programs)
@@ -208,7 +208,7 @@ def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
         DTYPE=_triton_dtype(x),
         **meta,
     )
-    launch(
+    return launch(
         min(part // meta["BLOCK"], arena.programs),
         x,
         out,
@@ -230,7 +230,7 @@ def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
     )
 
 
-def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, word: int):
+def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, word: int) -> Issued:
     """kernels/reduce_scatter_push.py; x: [M, N] contiguous, out: our rows of it."""
     (M, N), W, room = x.shape, arena.world_size, arena.layout
     part = rows_per_rank(M, W) * N
@@ -244,7 +244,7 @@ def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, wo
         DTYPE=_triton_dtype(x),
         **meta,
     )
-    launch(
+    return launch(
         min(-(-part // meta["BLOCK"]), arena.programs),
         x,
         out if bias is None else bias,

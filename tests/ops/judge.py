@@ -1,0 +1,129 @@
+"""Whether the ranks' results of one call are right.
+
+Against float64, with the bound that follows from what the plan promises under `Rounding:`; by bits where the inputs
+are exact; and rank against rank, by bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tests import inputs, tolerance, truth
+from tests.ops.calls import Call, Setup, make_calls, out_shape
+from tests.tolerance import Rounding
+from tests.truth import Truth
+
+# Where a plan adds the bias: to the finished sum in f32, to rank 0's product before it is rounded, or to the partial
+# that travels to the owner.
+SUM, RANK_0, TRAVELLER = "sum", "rank 0", "traveller"
+
+# By plan, what its docstring says under `Rounding:`.
+RULES = {
+    "local": (Rounding.F32, SUM),
+    "ref": (Rounding.WIRE, RANK_0),
+    "one_shot": (Rounding.WIRE, SUM),
+    "two_shot": (Rounding.OWNER_F32, SUM),
+    "push": (Rounding.OWNER_F32, SUM),
+    "chunked": (Rounding.OWNER_F32, TRAVELLER),
+    "unfused_one_shot": (Rounding.WIRE, RANK_0),
+    "unfused_two_shot": (Rounding.WIRE, RANK_0),
+    "unfused_sentinel": (Rounding.WIRE, RANK_0),
+    "unfused_push": (Rounding.WIRE, SUM),
+    "unfused_nccl": (Rounding.EACH_HOP, RANK_0),
+    "unfused_symm_mem_two_shot": (Rounding.WIRE, RANK_0),
+}
+
+
+def check(ranks, setup: Setup, calls: list[Call], rows_at_once: int | None = None) -> None:
+    """Every rank makes the calls in a row; every result is judged. ranks: the fixture."""
+    by_rank = ranks(calls[0].case.world_size).run(make_calls, setup, calls)
+    for call, results in zip(calls, zip(*by_rank, strict=True), strict=True):
+        judge(call, plan_name(setup, call), list(results), rows_at_once)
+
+
+def plan_name(setup: Setup, call: Call) -> str:
+    """The plan that runs; "" where dispatch chooses, which is enough for exact inputs."""
+    if call.case.world_size == 1:
+        return "local"
+    return "ref" if setup.backend == "ref" else (call.plan or setup.plan or "").split(":")[0]
+
+
+def judge(call: Call, plan: str, results: list[torch.Tensor], rows_at_once: int | None = None) -> None:
+    """Raises unless `results`, by rank, are what the operator promises.
+
+    plan: name of the plan that ran. rows_at_once: rows of a chunk, where the call was larger than the arena.
+    """
+    case = call.case
+    for rank, result in enumerate(results):
+        assert result.dtype == case.dtype and result.shape == out_shape(call, rank), f"rank {rank}: {result.shape}"
+        assert result.is_contiguous()
+    if call.op == "gemm_reduce_scatter":
+        whole = torch.cat(results)
+    else:
+        whole = results[0].reshape(case.M, case.N)
+        for rank, result in enumerate(results[1:], 1):
+            assert same_bits(result, results[0]), f"rank {rank} holds other bits than rank 0"
+    wanted = truth_of(call)
+    what = f"{call.op} {call.kind} call {call.number}"
+    if call.kind != "normal":
+        _check_exact(call, whole, wanted, what)
+        return
+    if call.op == "all_reduce":
+        bound = tolerance.tolerance(wanted, Rounding.EACH_HOP if plan == "nccl" else Rounding.WIRE)
+    else:
+        rounding, place = RULES[plan]
+        owner = owners(call, rows_at_once)
+        wanted = _with_bias_in_partial(call, wanted, place, owner)
+        bound = tolerance.tolerance(wanted, rounding, owner=owner)
+    tolerance.check_bites(wanted, bound)
+    tolerance.check(whole, wanted, bound, what)
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch.equal(x.view(torch.int16), y.view(torch.int16))
+
+
+def truth_of(call: Call) -> Truth:
+    """The whole sum, with the bias; (M, N), also for all-reduce and for reduce-scatter."""
+    if call.op == "all_reduce":
+        flat = truth.all_reduce(call.case, call.kind, call.number)
+        parts = {name: getattr(flat, name).unsqueeze(-2) for name in ("ref", "partials", "magnitude")}
+        return dataclasses.replace(flat, **parts)
+    return truth.gemm_all_reduce(call.case, call.kind, call.number, call.bias)
+
+
+def owners(call: Call, rows_at_once: int | None = None) -> torch.Tensor:
+    """(M,) the rank that sums each row. An all-reduce in chunks has owners within each chunk."""
+    M, world_size = call.case.M, call.case.world_size
+    row = torch.arange(M)
+    if call.op == "gemm_reduce_scatter" or rows_at_once is None or not M:
+        return row // max(1, -(-M // world_size))
+    first = row // rows_at_once * rows_at_once
+    height = (M - first).clamp_max(rows_at_once)
+    return (row - first) // ((height + world_size - 1) // world_size)
+
+
+def _with_bias_in_partial(call: Call, wanted: Truth, place: str, owner: torch.Tensor) -> Truth:
+    if not call.bias or place == SUM:
+        return wanted
+    partials, bias = wanted.partials.clone(), inputs.bias(call.case, call.number).double()
+    if place == RANK_0:
+        partials[0] += bias
+    else:
+        assert call.case.world_size == 2, "only one partial travels"
+        partials[1 - owner, torch.arange(call.case.M)] += bias
+    return dataclasses.replace(wanted, partials=partials)
+
+
+def _check_exact(call: Call, out: torch.Tensor, wanted: Truth, what: str) -> None:
+    try:
+        tolerance.check_bits(out, wanted, what)
+    except AssertionError as error:
+        if call.kind == "tagged" and not call.bias:
+            row, col = ((out.double() - wanted.ref) != 0).nonzero()[0].tolist()
+            sign = 1.0 if wanted.ref[row, col] > 0 else -1.0
+            reading = inputs.read_tags(sign * out[row, col].item(), call.case.world_size)
+            raise AssertionError(f"{error}\nat [{row}, {col}]: {reading}") from None
+        raise

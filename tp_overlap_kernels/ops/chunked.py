@@ -125,13 +125,14 @@ def gemm_all_reduce_chunked(
 ) -> None:
     """The whole sum on both ranks."""
     M, N, c = a.shape[0], b.shape[0], rows_per_rank(a.shape[0], 2)
-    call, streams, room = _Call(arena, "gemm_all_reduce", word), _Streams(arena), arena.layout
+    call, room = _Call(arena, "gemm_all_reduce", word), arena.layout
     first, peer_first = arena.rank * c, call.peer * c
     own = out[first : min(M, first + c)]
     theirs = out[peer_first : min(M, peer_first + c)]
     own_chunks = row_chunks(own.shape[0], plan.get("own_chunks", 2), bool(plan.get("taper", 0)))
     their_chunks = row_chunks(theirs.shape[0], plan.get("own_chunks", 2), bool(plan.get("taper", 0)))
     call.begin()
+    streams = _Streams(arena)  # after begin: every wait of the call, on any stream, needs the new epoch
     partials = _push_partials(call, streams, plan, a, b, bias)  # noqa: F841  kept alive until the streams have joined
     sums = arena.view(call.peer, room.result, (own.shape[0], N), a.dtype)
     for i, (start, end) in enumerate(own_chunks):
@@ -152,8 +153,9 @@ def gemm_reduce_scatter_chunked(
     arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
 ) -> None:
     """Our rows of the sum."""
-    call, streams = _Call(arena, "gemm_reduce_scatter", word), _Streams(arena)
+    call = _Call(arena, "gemm_reduce_scatter", word)
     call.begin()
+    streams = _Streams(arena)  # after begin: every wait of the call, on any stream, needs the new epoch
     partials = _push_partials(call, streams, plan, a, b, bias)  # noqa: F841  kept alive until the streams have joined
     for start, end in row_chunks(out.shape[0], plan.get("own_chunks", 2)):
         _add_chunk(call, plan, a, b, out, start, end)

@@ -71,9 +71,7 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
     issued = call.issue(a, b, bias, out)
     if issued is not None:
         bias_ptr = (out if bias is None else bias).data_ptr()
-        call.again = issued.again(
-            a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=bias_ptr, out_ptr=out.data_ptr()
-        )
+        call.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=bias_ptr, out_ptr=out.data_ptr())
     return call
 
 

@@ -157,7 +157,9 @@ def gemm_all_reduce_two_shot(
     return _gemm_staged(arena, plan, gemm_all_reduce_two_shot_push, a, b, bias, out, word, *pads)
 
 
-def gemm_reduce_scatter(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> Issued:
+def gemm_reduce_scatter(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+) -> Issued:
     """kernels/gemm_reduce_scatter_push.py"""
     room = arena.layout
     pads = (room.done, room.partial_flags, room.staging, room.staging_slot_bytes)

@@ -1,0 +1,90 @@
+"""Calls that have been checked and planned once: the next equal one goes straight to its output and its launch.
+
+A call is known by everything that the checks and dispatch look at: op, shapes, strides, dtypes and devices of all
+tensors, whether there is a bias, and what `force_plan` and `cpu_backend` say. What may differ between equal calls is
+looked at each time: whether the group has failed, whether gradients are wanted (then the call is not known here, and
+the checks say why), and whether addresses are multiples of 16 (if not, the kernels get copies, the ordinary way).
+
+Prepared calls belong to the arena and go with it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, is_grad_enabled
+
+from ..memory import arena as arenas
+from ..memory.arena import Arena
+from .execute import choices
+
+MAX_CALLS = 1024  # an arena remembers; a prepared call takes about 2 KB
+
+
+class Prepared:
+    """A known call. issue: the ordinary way to run it, checks and planning done; again: the short one, if there is any.
+
+    shape, strides: of the output that the functional op returns.
+    """
+
+    __slots__ = ("again", "any_address", "issue", "shape", "strides")
+
+    def __init__(self, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
+        self.issue = issue
+        self.shape, self.strides = tuple(out.shape), out.stride()
+        self.again: Callable[..., bool] | None = None
+        self.any_address = any_address  # whether `again` takes addresses that are no multiples of 16
+
+    def gemm(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Run a GEMM op."""
+        if self.again is not None:
+            out_ptr = out.data_ptr()
+            a_ptr, b_ptr, bias_ptr = a.data_ptr(), b.data_ptr(), out_ptr if bias is None else bias.data_ptr()
+            if not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and self.again(a_ptr, b_ptr, bias_ptr, out_ptr):
+                return
+        self.issue(a, b, bias, out)
+
+    def sum(self, x: Tensor, out: Tensor) -> None:
+        """Run an all-reduce."""
+        if self.again is not None:
+            x_ptr, out_ptr = x.data_ptr(), out.data_ptr()
+            if (self.any_address or not (x_ptr | out_ptr) & 15) and self.again(x_ptr, out_ptr):
+                return
+        self.issue(x, out)
+
+
+def key_of(op: str, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> tuple:
+    """By what a GEMM call is known."""
+    key = (op, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device, choices())
+    for tensor in (bias, out):
+        key += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return key
+
+
+def sum_key_of(op: str, x: Tensor, out: Tensor | None = None) -> tuple:
+    """By what an all-reduce is known."""
+    key = (op, x.shape, x.stride(), x.dtype, x.device, choices())
+    return key if out is None else (*key, out.shape, out.stride(), out.dtype, out.device)
+
+
+def recall(group_name: str, key: tuple, *inputs: Tensor | None) -> Prepared | None:
+    """The known call; None if there is none, or if this one would be refused, so that the checks must say why.
+
+    inputs: the tensors that must not require grad.
+    """
+    arena = arenas.find(group_name)
+    if arena is None or arena.record.failed:
+        return None
+    call = arena.prepared.get(key)
+    if call is not None and is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                return None
+    return call
+
+
+def remember(arena: Arena, key: tuple, call: Prepared | None) -> None:
+    """Keep a call that ran."""
+    if call is not None:
+        if len(arena.prepared) >= MAX_CALLS:
+            arena.prepared.clear()
+        arena.prepared[key] = call

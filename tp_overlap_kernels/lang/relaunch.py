@@ -61,7 +61,7 @@ class Maps:
     known: dict[int, Any] = field(default_factory=dict)
 
     def __call__(self, address: int) -> Any:
-        """What the C launcher takes for a tensor at this address: a CUtensorMap, or the address where there is no TMA."""
+        """What the C launcher takes for a tensor at this address: a CUtensorMap, or the address (no TMA)."""
         descriptor = copy.copy(self.descriptor)
         descriptor.base = _At(address, self.descriptor.base.dtype)
         made = self.encode(descriptor, self.meta)[0]

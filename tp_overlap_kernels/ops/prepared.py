@@ -54,7 +54,7 @@ class Prepared:
 
 def key_of(op: str, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> tuple:
     """By what a GEMM call is known."""
-    key = (op, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device, choices())
+    key: tuple = (op, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device, choices())
     for tensor in (bias, out):
         key += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
     return key

@@ -62,7 +62,9 @@ def all_reduce_two_shot_push(
     blocks = part // BLOCK
     failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
 
-    # 1. push the other owners' parts
+    # 1. push the other owners' parts; a block is published when the next one is under way
+    pending = 0
+    pending_owner = rank
     for block in tl.range(pid, blocks, programs):
         for i in tl.static_range(1, WORLD):
             owner = (rank + i) % WORLD
@@ -71,9 +73,13 @@ def all_reduce_two_shot_push(
             x = tl.load(x_ptr + index, mask=index < n, other=0.0)
             staged = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
             tl.store(staged + local, x, mask=index < n)
-            signal.notify(tl.load(heap_ptr + owner) + partial_flags + (block * WORLD + rank) * 8, word)
+            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+            pending = partial_flags + (block * WORLD + rank) * 8
+            pending_owner = owner
+    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
 
     # 2. add our own part and push the sum
+    pending = 0
     for block in tl.range(pid, blocks, programs):
         local = block * BLOCK + tl.arange(0, BLOCK)
         index = rank.to(tl.int64) * part + local
@@ -95,7 +101,9 @@ def all_reduce_two_shot_push(
             peer = (rank + i) % WORLD
             tl.store(symm_at(heap_ptr, result_offset, peer, DTYPE) + index, result, mask=index < n)
         tl.store(out_ptr + index, result, mask=index < n)
-        signal.notify_all(heap_ptr, result_flags + (rank * blocks + block) * 8, word, rank, WORLD)
+        signal.publish(heap_ptr, pending, rank, word, rank, WORLD)
+        pending = result_flags + (rank * blocks + block) * 8
+    signal.publish(heap_ptr, pending, rank, word, rank, WORLD)
 
     # 3. the other parts, from the arena to the caller's tensor
     for block in tl.range(pid, blocks, programs):

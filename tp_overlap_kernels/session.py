@@ -57,26 +57,24 @@ def init(
     max_M = settings().max_tokens if max_M is None else max_M
     max_N = DEFAULT_MAX_N if max_N is None else max_N
     _check_sizes("init", max_M, max_N, dtype, 1)
-    if settings().log_level:
-        log.setLevel(settings().log_level.upper())
-    old = arenas.find(arenas.name_of(group))
-    if old is not None:
-        if old.layout.max_M >= max_M and old.layout.max_N >= max_N and not old.record.failed:
-            return _describe(old)
-        max_M, max_N = max(max_M, old.layout.max_M), max(max_N, old.layout.max_N)
+    level = settings().log_level
+    if level:
+        log.setLevel(level.upper())
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        old = arenas.find(arenas.name_of(group))
+        if old is not None and old.layout.max_M >= max_M and old.layout.max_N >= max_N and not old.record.failed:
+            return _describe(old)
         raise InvalidInput(
             "init: the arena cannot be made or grown while a CUDA graph is being captured. "
             f"Call tp_overlap_kernels.init(group, max_M={max_M}, max_N={max_N}) on every rank before the capture."
         )
-    if old is not None:
-        arenas.destroy(old)
-    return _describe(arenas.create(group, max_M, max_N, dtype, store, execute.cpu_backend_in_force()))
+    return _describe(arenas.obtain(group, max_M, max_N, dtype, store, execute.cpu_backend_in_force()))
 
 
 def close(group: dist.ProcessGroup | None = None) -> None:
-    """Free the arena of a group. Collective, unless the group has failed: then each rank closes by itself. Nothing happens if there is none.
+    """Free the arena of a group; nothing happens if there is none. Every rank calls it, and waits until the others do.
 
+    Where the group has failed on this rank, it waits for nobody, and nobody waits for it.
     Graphs captured with the arena must not be replayed any more. `init` may be called again.
     """
     old = arenas.find(arenas.name_of(group))
@@ -94,7 +92,7 @@ def check(group: dist.ProcessGroup | None = None) -> None:
 
 
 def bytes_needed(max_M: int, max_N: int, dtype: torch.dtype = torch.bfloat16, world_size: int | None = None) -> int:
-    """Bytes of symmetric memory a rank that `init` will take for these sizes; pure, to be called before a KV cache is sized.
+    """Bytes of symmetric memory a rank that `init` will take; pure, to be called before a KV cache is sized.
 
     At most 2 * max_M * max_N * itemsize + 4 MiB (max_N rounded up to 16), whatever the number of layers.
     world_size: default that of the initialised torch.distributed, else 1.
@@ -139,7 +137,7 @@ def explain(
     device: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Explanation:
-    """Which plan a call gets, and why: candidates, measured microseconds, what was ruled out. str() of the result is readable.
+    """Which plan a call gets, and why: candidates, measured microseconds, what was ruled out; readable as a str.
 
     op: "gemm_all_reduce", "gemm_reduce_scatter" or "all_reduce" (then N is the number of elements). K: of one rank.
     With an initialised group its topology counts; else `device` (a name such as "NVIDIA H200") and world_size

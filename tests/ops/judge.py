@@ -14,6 +14,7 @@ from tests import inputs, tolerance, truth
 from tests.ops.calls import Call, Setup, make_calls, out_shape
 from tests.tolerance import Rounding
 from tests.truth import Truth
+from tp_overlap_kernels.dispatch.problem import PLAN_NAMES
 
 # Where a plan adds the bias: to the finished sum in f32, to rank 0's product before it is rounded, or to the partial
 # that travels to the owner.
@@ -47,7 +48,10 @@ def plan_name(setup: Setup, call: Call) -> str:
     """The plan that runs; "" where dispatch chooses, which is enough for exact inputs."""
     if call.case.world_size == 1:
         return "local"
-    return "ref" if setup.backend == "ref" else (call.plan or setup.plan or "").split(":")[0]
+    if setup.backend == "ref":
+        return "ref"
+    names = [plan.split(":")[0] for plan in (call.plan or setup.plan or "").split(";")]
+    return next((name for name in names if name in PLAN_NAMES[call.op]), "")
 
 
 def judge(call: Call, plan: str, results: list[torch.Tensor], rows_at_once: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The arena: all symmetric memory and all state of one process group, made by `init`, shared by every layer and op, freed by `close`.
+"""The arena: all symmetric memory and all state of one process group, shared by every layer and op.
 
 Nothing here grows by itself: a call with M above max_M runs in row chunks. A larger arena is another `init`,
 outside graph capture.
@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,24 @@ class Arena:
             nbytes *= size
         return self.store.peer_buffer(rank)[offset : offset + nbytes].view(dtype).view(shape)
 
+    def part(self) -> None:
+        """Tell the peers that this rank has closed; unless the group has failed, wait until they have, too.
+
+        Words of the arena and no collective of torch's: a rank whose wait has failed leaves at once, its peers need not
+        know of it, and their next collectives must match all the same.
+        """
+        for peer in range(self.world_size):
+            self.view(peer, self.layout.closed + 8 * self.rank, (1,), torch.int64).fill_(1)
+        closed = self.view(self.rank, self.layout.closed, (self.world_size,), torch.int64)
+        started = time.monotonic()
+        while not self.record.failed and not closed.all():
+            if self.timeout_s and time.monotonic() - started > self.timeout_s:
+                log.warning(
+                    "close: not every rank of group %r has closed it within %g s.", self.group_name, self.timeout_s
+                )
+                return
+            time.sleep(0.001)
+
     def release(self) -> None:
         """Give everything back. No collective: a peer may be gone."""
         if self.watch:
@@ -131,21 +150,24 @@ def name_of(group: dist.ProcessGroup | None) -> str:
     return group.group_name
 
 
-def create(
+@torch.inference_mode(False)  # tensors made under the caller's could never be written outside it
+def obtain(
     group: dist.ProcessGroup | None, max_M: int, max_N: int, dtype: torch.dtype, store: str, backend: str
 ) -> Arena:
-    """Make and register the arena of a group. Collective; every rank must give equal sizes.
+    """The arena of a group: the one there is, if every rank has it and it is large enough; else a new one.
 
+    Collective; every rank must give equal sizes. Which of the two it is follows from what all ranks say: one may have
+    closed its arena after a failure of which the others know nothing.
     Errors: InvalidInput where ranks disagree (each rank's values are shown), UnsupportedTopology where the store
     cannot serve.
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
-    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    world_size = dist.get_world_size(group) if group else 1
     if world_size > MAX_WORLD_SIZE:
         raise UnsupportedTopology(f"init: world sizes 1 to {MAX_WORLD_SIZE} are supported, got {world_size}.")
     device = device_of(store)
-    plan = layout(max_M, max_N, dtype.itemsize, world_size)
+    old = find(name_of(group))
     kind = stores.pick(store, device, world_size)
     table = load(settings().table, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world_size)
     mine = {
@@ -158,8 +180,29 @@ def create(
         "table": table.digest() if table else None,
         "plan": settings().plan,
         "native": native_library(device),
+        "arena": (old.layout.max_M, old.layout.max_N) if old and not old.record.failed else (0, 0),
     }
     cards = _agree(mine, group, world_size, device)
+    there = [card["arena"] for card in cards]
+    if old is not None and all(M >= max_M and N >= max_N for M, N in there):
+        return old
+    if old is not None:
+        destroy(old)
+    max_M, max_N = (max(sizes) for sizes in zip((max_M, max_N), *there, strict=True))
+    return _make(group, layout(max_M, max_N, dtype.itemsize, world_size), kind, device, table, cards, backend)
+
+
+def _make(
+    group: dist.ProcessGroup | None,
+    plan: Layout,
+    kind: str,
+    device: torch.device,
+    table: Table | None,
+    cards: list[Any],
+    backend: str,
+) -> Arena:
+    """A new arena, registered. Collective. cards: what `_agree` heard from every rank."""
+    rank, world_size = dist.get_rank(group) if group else 0, plan.world_size
     symmetric = stores.create(kind, plan.total_bytes, device, group)
     symmetric.buffer[: plan.pads_bytes].zero_()
     _fill_sentinel(symmetric.buffer, plan)
@@ -204,13 +247,12 @@ def create(
 
 
 def destroy(arena: Arena) -> None:
-    """Unregister and free an arena. Collective, unless the group has failed: then nobody is waited for."""
+    """Unregister and free an arena. Every rank does so; where the group has failed, nobody is waited for."""
     with _lock:
         _arenas.pop(arena.group_name, None)
     if arena.device.type == "cuda":
         torch.cuda.synchronize(arena.device)
-    if arena.group is not None and not arena.record.failed and dist.is_initialized():
-        dist.barrier(arena.group)  # no peer is still writing into what we unmap
+    arena.part()
     arena.release()
 
 

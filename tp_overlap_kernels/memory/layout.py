@@ -3,7 +3,7 @@
     offset 0      pads      64-bit slots: done, headers, one-shot flags, partial flags, result flags
                   sentinel  3 buffers x W slots, for the one-shot all-reduce that needs no flags
                   one-shot  2 halves x W slots, for the one-shot kernels
-                  staging   W slots of ceil(max_M / W) rows: the partials that peers push to the rows we own (our own slot is not there)
+                  staging   W - 1 slots of ceil(max_M / W) rows: the partials that peers push to the rows we own
                   result    max_M rows: the sums that their owners push to us, on the way to the caller's fresh tensor
 
 Bound: 2 * max_M * max_N * itemsize + 4 MiB in all (max_N rounded up to 16), whatever the number of layers, ops and
@@ -53,6 +53,7 @@ class Layout:
     world_size: int
     done: int  # [W] calls finished, one word a peer
     header: int  # [2, W] by parity: the call word of the sentinel kernel
+    closed: int  # [W] nonzero once that rank has closed the group
     one_shot_flags: int  # [2, one_shot_tiles, W]
     partial_flags: int  # [tile_slots]: own tile * W + source
     result_flags: int  # [tile_slots]: owner * tiles_per_owner + tile
@@ -95,6 +96,7 @@ def layout(max_M: int, max_N: int, itemsize: int, world_size: int) -> Layout:
     words = {
         "done": W,
         "header": 2 * W,
+        "closed": W,
         "one_shot_flags": 2 * _ONE_SHOT_TILES * W,
         "partial_flags": tile_slots,
         "result_flags": tile_slots,

@@ -79,7 +79,10 @@ def _issue(arena: Arena, plan: Plan, word: int, x: Tensor, out: Tensor):
 
 
 def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
-    """Run an all-reduce plan on flat contiguous tensors, in pieces that fit the arena. Returns what was issued, if it was one launch."""
+    """Run an all-reduce plan on flat contiguous tensors, in pieces that fit the arena.
+
+    Returns what was issued, if it was one launch.
+    """
     if plan.name == "local":
         out.copy_(x)
         return None
@@ -169,6 +172,7 @@ def _fake(x: Tensor, group_name: str) -> Tensor:
 
 def _fake_out(x: Tensor, group_name: str, out: Tensor) -> None:
     check_tensors(OP, x, out)
+    check_out(OP, out, x, tuple(x.shape))
 
 
 assert op_code(OP) == 3  # the number in the kernels

@@ -1,4 +1,4 @@
-"""gemm_all_reduce(a, b, group_name, bias): a row-parallel linear layer as one op. See `gemm_all_reduce` below for the contract."""
+"""gemm_all_reduce(a, b, group_name, bias): a row-parallel linear layer as one op. The contract is below."""
 
 from functools import partial
 
@@ -115,7 +115,7 @@ def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None
     else:
         torch.mm(a, b.t(), out=out)
     if plan.name == "ref":
-        reference.all_reduce(arena, out.view(-1), out.view(-1), word)
+        reference.all_reduce(arena, out.view(-1), out.view(-1), word, OP)
     elif plan.name != "local":
         sum_into(arena, Plan(plan.name.removeprefix("unfused_")), out.view(-1), out.view(-1), word)
 
@@ -127,6 +127,7 @@ def _fake(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> 
 
 def _fake_out(a: Tensor, b: Tensor, group_name: str, out: Tensor, bias: Tensor | None = None) -> None:
     check_gemm(OP, a, b, bias)
+    check_out(OP, out, a, (*a.shape[:-1], b.shape[0]))
 
 
 register("gemm_all_reduce(Tensor a, Tensor b, str group_name, Tensor? bias=None) -> Tensor", gemm_all_reduce, _fake)

@@ -1,4 +1,4 @@
-"""gemm_reduce_scatter(a, b, group_name, bias): a row-parallel layer whose sum is scattered by rows, as one op. Contract below."""
+"""gemm_reduce_scatter(a, b, group_name, bias): a row-parallel layer, its sum scattered by rows. Contract below."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ OP = "gemm_reduce_scatter"
 
 
 def gemm_reduce_scatter(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:
-    """Equals `unfused.gemm_reduce_scatter(a, b, group, bias)`: this rank's rows of the sum over the ranks of a @ b.T, plus bias once.
+    """Equals `unfused.gemm_reduce_scatter(a, b, group, bias)`: this rank's rows of the sum over the ranks of a @ b.T.
 
     a: [..., K] with M rows in all, this rank's slice of the input; any strides and offset. b: [N, K], this rank's
     slice of the weight.
@@ -172,6 +172,8 @@ def _fake(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> 
 
 def _fake_out(a: Tensor, b: Tensor, group_name: str, out: Tensor, bias: Tensor | None = None) -> None:
     check_gemm(OP, a, b, bias)
+    arena = get(group_name, OP)
+    check_out(OP, out, a, (_own_rows(_rows(a), arena.rank, arena.world_size), b.shape[0]))
 
 
 register(

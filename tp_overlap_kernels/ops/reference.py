@@ -1,4 +1,4 @@
-"""The `ref` backend: what a laptop runs. torch.mm, then a sum over the symmetric memory of CPU ranks, in rank order in f32.
+"""The `ref` backend: what a laptop runs. torch.mm, then a sum over the symmetric memory of CPU ranks.
 
 Each rank writes its partial into one half of its own arena, raises its header slot there, waits for the headers of
 its peers and adds all partials. Fresh: a header is written after the data (x86-64 keeps the order of stores, and of
@@ -22,11 +22,11 @@ from ..memory.record import ABORTED, MISMATCH, TIMEOUT, FailedWait
 EPOCH = 0  # word of arena.control, as in lang.signal
 
 
-def all_reduce(arena: Arena, x: Tensor, out: Tensor, word: int) -> None:
-    """out = the sum of x over the ranks; flat, contiguous; out may be x."""
+def all_reduce(arena: Arena, x: Tensor, out: Tensor, word: int, op: str = "all_reduce") -> None:
+    """out = the sum of x over the ranks; flat, contiguous; out may be x. op: whose call it is, for errors."""
     for start in range(0, x.numel(), _capacity(arena, x)):
         piece = slice(start, start + _capacity(arena, x))
-        _exchange(arena, x[piece], out[piece], 0, "all_reduce", word)
+        _exchange(arena, x[piece], out[piece], 0, op, word)
 
 
 def reduce_scatter(arena: Arena, partial: Tensor, out: Tensor, word: int) -> None:

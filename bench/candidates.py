@@ -6,6 +6,7 @@ memory, or that is wrong is dropped where it is tried.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case
@@ -26,11 +27,11 @@ class Candidate:
         return self.least_M <= case.M <= self.most_M and case.world_size <= self.most_ranks
 
 
-def _tiles(
-    name: str, m: int, n: int, k: int, stages: int, warps: int, group_m: int, stagger_ns: int | None = None
-) -> str:
+def _tiles(name: str, tile: Sequence[int], stagger_ns: int | None = None) -> str:
+    """tile: block_m, block_n, block_k, num_stages, num_warps, group_m."""
+    names = ("block_m", "block_n", "block_k", "num_stages", "num_warps", "group_m")
     late = "" if stagger_ns is None else f",stagger_ns={stagger_ns}"
-    return f"{name}:block_m={m},block_n={n},block_k={k},num_stages={stages},num_warps={warps},group_m={group_m}{late}"
+    return f"{name}:" + ",".join(f"{key}={value}" for key, value in zip(names, tile, strict=True)) + late
 
 
 # Decode: a block owns block_n columns over all of K. Narrow blocks fill the GPU, deep stages keep memory busy.
@@ -66,12 +67,12 @@ _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own row
 
 
 def _one_shot() -> list[Candidate]:
-    return [Candidate(_tiles("one_shot", *tile, 1), least, most) for *tile, least, most in _ONE_SHOT]
+    return [Candidate(_tiles("one_shot", (*tile, 1)), least, most) for *tile, least, most in _ONE_SHOT]
 
 
 def _staged(name: str) -> list[Candidate]:
     return [
-        Candidate(_tiles(name, *tile, stagger), least, most)
+        Candidate(_tiles(name, tile, stagger), least, most)
         for *tile, staggers, least, most in _STAGED
         for stagger in staggers
     ]
@@ -92,7 +93,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Candidate("unfused_nccl"),
     ],
     GEMM_REDUCE_SCATTER: [
-        *(Candidate(_tiles("push", *tile, 1, 1), least, most) for *tile, least, most in _SCATTER_DECODE),
+        *(Candidate(_tiles("push", (*tile, 1), 1), least, most) for *tile, least, most in _SCATTER_DECODE),
         *_staged("push"),
         *_chunked(),
         Candidate("unfused_push"),

@@ -1,7 +1,7 @@
 """Compile our kernels for sm_90a without a GPU, and read the result.
 
-`hopper(kernel, arguments, meta)` returns Triton's compiled object: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`. The SASS and the
-resource report come from the cuobjdump that Triton's wheel carries.
+`hopper(kernel, types, meta)` returns Triton's compiled object: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`.
+The SASS and the resource report come from the cuobjdump that Triton's wheel carries.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdum
 
 
 def hopper(kernel, types, meta, aligned=()):
-    """types: Triton type by argument name ("*bf16", "i32", "tensordesc<...>"); aligned: names that are multiples of 16."""
+    """types: Triton type by argument name ("*bf16", "tensordesc<...>"); aligned: names that are multiples of 16."""
     names = list(kernel.arg_names)
     options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
     constants = {(names.index(key),): value for key, value in meta.items() if key not in options}

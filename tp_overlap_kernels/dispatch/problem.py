@@ -139,6 +139,9 @@ class Plan:
     def get(self, param: str, default: int | None = None) -> int | None:
         return dict(self.params).get(param, default)
 
+    def __getitem__(self, param: str) -> int:
+        return dict(self.params)[param]
+
     def with_defaults(self, defaults: dict[str, int]) -> Plan:
         """This plan with every parameter that it leaves open taken from `defaults`."""
         return dataclasses.replace(self, params=tuple((defaults | dict(self.params)).items()))

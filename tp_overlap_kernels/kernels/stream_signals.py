@@ -1,7 +1,10 @@
-"""Signals as kernels of one CTA, for plans whose work is done by others: cuBLAS on one stream, the copy engine on another.
+"""Signals as kernels of one CTA, for plans whose work is done by others: cuBLAS on one stream, the copy engine on
+another.
 
-    begin    first on the call's stream: epoch, header.        end   last, after all streams have joined: leave; NaN where a wait failed
-    notify   after a copy on its stream: the copy has arrived. wait  before what reads it.
+    begin    first on the call's stream: epoch, header
+    notify   after a copy on its stream: the copy has arrived
+    wait     before what reads it
+    end      last, after all streams have joined: leave, and NaN where a wait has failed
 
 Fresh (no one reads too early). A copy has ended, and its bytes are at the peer, before the next kernel of its
   stream starts; that kernel releases at system scope. The waiting kernel acquires, and what follows on its stream

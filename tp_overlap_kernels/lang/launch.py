@@ -33,7 +33,7 @@ class Launch:
     _maps: dict = field(default_factory=dict, repr=False)  # encoded descriptors, shared by all relaunches
 
     def __call__(self, grid: int, *args: Any) -> "Issued":
-        """Launch on the current stream. args: all arguments that are not constexpr, in order; constexprs come last in the kernel."""
+        """Launch on the current stream. args: all that are not constexpr; a kernel has its constexprs last."""
         if self.on_cpu:
             interpret(self.kernel, (grid,), *args, **self.meta)
         elif self._compiled is None:
@@ -76,7 +76,7 @@ def _address(arg: Any) -> int:
 
 
 def specialisation(*values: Any) -> tuple:
-    """What Triton looks at in these arguments, as part of a cache key: tensors by alignment, ints by 1 and multiples of 16."""
+    """What Triton looks at in these arguments, for a cache key: tensors by alignment, ints by 1 and multiples of 16."""
     return tuple(
         (value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else (value == 1, value % 16 == 0)
         for value in values

@@ -322,7 +322,7 @@ def stagger(delay_ns):
 
 @triton.jit
 def consume_token(value, token):
-    """Tie `value` to a wait, as in Triton-Distributed. Stock Triton keeps the order of an impure `wait` by itself, so this is `value`."""
+    """Tie `value` to a wait, as in Triton-Distributed. Stock Triton keeps the order of `wait` by itself."""
     return value
 
 
@@ -350,7 +350,7 @@ def publish(heap_ptr, slot_offset, owner, word, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
-    """End a call that has used staging or result: the last CTA tells every peer that all our loads of this call are over.
+    """End a call that has used staging or result: the last CTA tells every peer that all our loads of it are over.
 
     `done[rank]` at a peer is what lets that peer overwrite, in its next call, what we have read in this one.
     """
@@ -364,7 +364,7 @@ def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, op, rank, WORLD: tl.constexpr):
-    """Wait until every peer has left the last call that used staging and result, before writing there. Usually long true."""
+    """Wait until every peer has left the last call that used staging and result. Usually long true."""
     status = 0
     staged = tl.load(control_ptr + STAGED)
     own = tl.load(heap_ptr + rank) + done_offset

@@ -38,7 +38,10 @@ def offsets(row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def store(ptr, value, rows, cols, row_end, col_end, pitch):
-    """Store a tile at ptr[row * pitch + col], rows < row_end and cols < col_end only. 16-byte stores where ptr, pitch and N allow."""
+    """Store a tile at ptr[row * pitch + col], what lies before row_end and col_end only.
+
+    16-byte stores where ptr, pitch and col_end are multiples of 16.
+    """
     mask = (rows < row_end)[:, None] & (cols < col_end)[None, :]
     tl.store(ptr + rows.to(tl.int64)[:, None] * pitch + cols[None, :], value, mask=mask)
 

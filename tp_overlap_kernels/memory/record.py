@@ -1,4 +1,4 @@
-"""What a failed device wait leaves behind: sixteen 64-bit words in pinned host memory, written by the waiter, read without a CUDA call.
+"""What a failed device wait leaves behind: sixteen 64-bit words in pinned host memory, read without a CUDA call.
 
 [0] abort   the host asks all waits to end       [5] peer    rank that did not arrive
 [1] state   0 nothing, 2 written                 [6] tile    slot index within its pad
@@ -38,8 +38,8 @@ class FailedWait:
     def error(self, group_name: str, timeout_s: float, dead: dict[int, int]) -> GroupFailed:
         """The exception that says what happened. dead: pid by rank of the peers whose processes have ended."""
         place = (
-            f"{self.op}: rank {self.rank} waited for rank {self.peer} (tile {self.tile}, epoch wanted {self.wanted >> 16}, "
-            f"seen {self.seen >> 16}) in group {group_name!r}"
+            f"{self.op}: rank {self.rank} waited for rank {self.peer} (tile {self.tile}, "
+            f"epoch wanted {self.wanted >> 16}, seen {self.seen >> 16}) in group {group_name!r}"
         )
         after = (
             " The output is NaN and the group refuses further calls; close() and init() on every rank make a new one."
@@ -49,7 +49,8 @@ class FailedWait:
             return PeerDied(f"{place}; the process of {who} has ended.{after}")
         if self.code == MISMATCH:
             return CallMismatch(
-                f"{place}, which made another call: hash wanted {self.wanted & 0xFFFF:#06x}, seen {self.seen & 0xFFFF:#06x}. "
+                f"{place}, which made another call: hash wanted {self.wanted & 0xFFFF:#06x}, "
+                f"seen {self.seen & 0xFFFF:#06x}. "
                 f"All ranks must make the same calls in the same order, with equal M, N, K, dtype and bias.{after}"
             )
         if self.code == TIMEOUT:

@@ -8,7 +8,7 @@ from .. import native
 
 
 def device_of(store: str) -> torch.device:
-    """The device whose tensors the group's ops take: the current CUDA device where there is one, unless the store is for CPUs.
+    """The device whose tensors the group's ops take: the current CUDA device, unless there is none or the store is shm.
 
     A gloo group with CUDA present still means CUDA: several ranks may share a device, which NCCL refuses.
     """

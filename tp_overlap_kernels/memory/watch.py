@@ -20,8 +20,8 @@ class Watch:
 
     def __init__(self, record: Record, pids: dict[int, int], describe):
         self._record, self._describe = record, describe
-        self._fds = {self._open(pid): (rank, pid) for rank, pid in pids.items()}
-        self._fds.pop(None, None)
+        opened = {rank: self._open(pid) for rank, pid in pids.items()}
+        self._fds = {fd: (rank, pids[rank]) for rank, fd in opened.items() if fd is not None}
         self.dead: dict[int, int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tp_overlap_watch", daemon=True)

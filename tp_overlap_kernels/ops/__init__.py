@@ -1,4 +1,4 @@
-"""The operators: checks, registration, and the way from a plan to a launch. Importing this registers `torch.ops.tp_overlap.*`."""
+"""The operators. Importing this registers `torch.ops.tp_overlap.*`."""
 
 from . import all_reduce, gemm_all_reduce, gemm_reduce_scatter
 from .execute import cpu_backend, force_plan

@@ -1,4 +1,4 @@
-"""Every check of an op's inputs: the same ones when it is traced and when it runs, before any rank waits for another."""
+"""Every check of an op's inputs: the same when it is traced and when it runs, before any rank waits for another."""
 
 from torch import Tensor, bfloat16, float16, is_grad_enabled
 
@@ -73,6 +73,7 @@ def check_arena(op: str, group_name: str, tensor: Tensor, N: int) -> arenas.Aren
     if N > arena.layout.max_N:
         raise InvalidInput(
             f"{op}: N={N} exceeds max_N={arena.layout.max_N} of group {group_name!r}. "
-            f"Call tp_overlap_kernels.init(group, max_M={arena.layout.max_M}, max_N={N}) on every rank, outside graph capture."
+            f"Call tp_overlap_kernels.init(group, max_M={arena.layout.max_M}, max_N={N}) on every rank, "
+            "outside graph capture."
         )
     return arena

@@ -22,6 +22,7 @@ streams are one, in an order in which every push stands before the wait that nee
 """
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +112,13 @@ PUSH, COLLECT = 0, 1
 
 
 def row_chunks(rows: int, chunks: int, taper: bool = False) -> list[tuple[int, int]]:
-    """[start, end) of the chunks of a block of rows, whole tiles each; with taper each is half of what is left, so the last is small."""
+    """[start, end) of the chunks of a block of rows, whole tiles each; with taper each is half of what is left."""
     bounds = [0]
     for left in range(chunks, 1, -1):
         share = (rows - bounds[-1]) // (2 if taper else left)
         bounds.append(min(rows, bounds[-1] + -(-share // ROW_ALIGNMENT) * ROW_ALIGNMENT))
     bounds.append(rows)
-    return [(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    return [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
 
 
 def gemm_all_reduce_chunked(
@@ -129,8 +130,8 @@ def gemm_all_reduce_chunked(
     first, peer_first = arena.rank * c, call.peer * c
     own = out[first : min(M, first + c)]
     theirs = out[peer_first : min(M, peer_first + c)]
-    own_chunks = row_chunks(own.shape[0], plan.get("own_chunks", 2), bool(plan.get("taper", 0)))
-    their_chunks = row_chunks(theirs.shape[0], plan.get("own_chunks", 2), bool(plan.get("taper", 0)))
+    own_chunks = row_chunks(own.shape[0], plan["own_chunks"], bool(plan.get("taper", 0)))
+    their_chunks = row_chunks(theirs.shape[0], plan["own_chunks"], bool(plan.get("taper", 0)))
     call.begin()
     streams = _Streams(arena)  # after begin: every wait of the call, on any stream, needs the new epoch
     partials = _push_partials(call, streams, plan, a, b, bias)  # noqa: F841  kept alive until the streams have joined
@@ -157,7 +158,7 @@ def gemm_reduce_scatter_chunked(
     call.begin()
     streams = _Streams(arena)  # after begin: every wait of the call, on any stream, needs the new epoch
     partials = _push_partials(call, streams, plan, a, b, bias)  # noqa: F841  kept alive until the streams have joined
-    for start, end in row_chunks(out.shape[0], plan.get("own_chunks", 2)):
+    for start, end in row_chunks(out.shape[0], plan["own_chunks"]):
         _add_chunk(call, plan, a, b, out, start, end)
     if out.shape[0] == 0:
         call.wait(arena.layout.partial_flags, 0)  # hear from the peer in every call
@@ -177,7 +178,7 @@ def _push_partials(
     partials = []
     with streams.on(PUSH, after_main=True):
         call.wait_peers()
-    for i, (start, end) in enumerate(row_chunks(rows, plan.get("chunks", 2)) or [(0, 0)]):
+    for i, (start, end) in enumerate(row_chunks(rows, plan["chunks"]) or [(0, 0)]):
         ours = a[first + start : first + end]
         partials.append(torch.mm(ours, b.t()) if bias is None else torch.addmm(bias, ours, b.t()))
         with streams.on(PUSH, after_main=True):
@@ -191,7 +192,7 @@ def _add_chunk(call: _Call, plan: Plan, a: Tensor, b: Tensor, own: Tensor, start
     arena, room = call.arena, call.arena.layout
     first = arena.rank * rows_per_rank(a.shape[0], 2)
     staged = arena.view(arena.rank, room.staging, tuple(own.shape), a.dtype)
-    for i, (chunk_start, chunk_end) in enumerate(row_chunks(own.shape[0], plan.get("chunks", 2))):
+    for i, (chunk_start, chunk_end) in enumerate(row_chunks(own.shape[0], plan["chunks"])):
         if chunk_start < end and chunk_end > start:
             call.wait(room.partial_flags, i)
     torch.addmm(staged[start:end], a[first + start : first + end], b.t(), out=own[start:end])

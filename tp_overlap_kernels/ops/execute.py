@@ -1,4 +1,4 @@
-"""How an op runs: describe the problem, ask dispatch for the plan, launch it, in row chunks where the arena is smaller than the call."""
+"""How an op runs: what the user has forced, which backend serves, and the plan that dispatch gives the problem."""
 
 import contextlib
 import logging
@@ -44,7 +44,7 @@ def force_plan(plan: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cpu_backend(name: str) -> Iterator[None]:
-    """What runs on CPU tensors while the context lasts: "ref" (torch, fast) or "interp" (the Triton kernels, interpreted)."""
+    """What runs on CPU tensors while the context lasts: "ref" (torch, fast) or "interp" (the Triton kernels)."""
     if name not in ("ref", "interp"):
         raise InvalidInput(f"cpu_backend: {name!r} is unknown. Give 'ref' or 'interp'.")
     before, _choice.cpu_backend = _choice.cpu_backend, name
@@ -98,8 +98,8 @@ def warn_chunked(arena: Arena, op: str, rows: int, limit: int) -> None:
     if "warned" not in arena.cache:
         arena.cache["warned"] = True
         log.warning(
-            "%s: a call of %d rows runs in chunks of %d, the capacity of group %r: right, but each chunk is a launch and a partly "
-            "filled wave. init(max_M=%d) avoids it. This is said once.",
+            "%s: a call of %d rows runs in chunks of %d, the capacity of group %r: right, but each chunk is a launch "
+            "and a partly filled wave. init(max_M=%d) avoids it. This is said once.",
             op,
             rows,
             limit,

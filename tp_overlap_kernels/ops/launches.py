@@ -36,21 +36,21 @@ def _triton_dtype(x: Tensor) -> tl.dtype:
 
 
 def _tiles(plan: Plan, grouped: bool = True) -> dict[str, int]:
-    meta = {"BLOCK_M": plan.get("block_m"), "BLOCK_N": plan.get("block_n"), "BLOCK_K": plan.get("block_k")}
+    meta = {"BLOCK_M": plan["block_m"], "BLOCK_N": plan["block_n"], "BLOCK_K": plan["block_k"]}
     if grouped:
-        meta["GROUP_M"] = plan.get("group_m")
-    return meta | {"num_warps": plan.get("num_warps"), "num_stages": plan.get("num_stages")}
+        meta["GROUP_M"] = plan["group_m"]
+    return meta | {"num_warps": plan["num_warps"], "num_stages": plan["num_stages"]}
 
 
 def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
     """The most rows that one launch of this plan can take; a larger call runs in chunks. Equal on all ranks."""
     room = arena.layout
     if plan.name == "one_shot":
-        by_flags = room.one_shot_tiles // -(-N // plan.get("block_n")) * plan.get("block_m")
+        by_flags = room.one_shot_tiles // -(-N // plan["block_n"]) * plan["block_m"]
         return min(room.one_shot_bytes // (pitch(N) * itemsize), by_flags)
     if plan.name in ("two_shot", "push"):
-        tiles_down = room.tile_slots // arena.world_size // -(-N // plan.get("block_n"))
-        return min(room.max_M, tiles_down * plan.get("block_m") * arena.world_size)
+        tiles_down = room.tile_slots // arena.world_size // -(-N // plan["block_n"])
+        return min(room.max_M, tiles_down * plan["block_m"] * arena.world_size)
     return room.max_M
 
 
@@ -68,7 +68,7 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
 
 
 def _copy_block(elements: int, programs: int) -> dict[str, int]:
-    """Elements of a block: few enough that a CTA has up to eight, so that the phases of a kernel overlap; a flag a block."""
+    """Elements of a block: few enough that a CTA has up to eight, so that the phases of a kernel overlap."""
     block, per_program = COPY_BLOCKS[0], -(-elements // programs)
     while block < COPY_BLOCKS[1] and block < (per_program if block < 4096 else per_program // 8):
         block *= 2

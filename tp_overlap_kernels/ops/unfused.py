@@ -1,4 +1,4 @@
-"""What the ops mean: plain torch programs over a process group. The reference of the docs, the layer's fallback, a baseline of the bench.
+"""What the ops mean: plain torch programs over a process group, as every engine runs them today.
 
 All ranks of the group call these together, as they would call the ops.
 """

@@ -68,7 +68,9 @@ def init(
             "init: the arena cannot be made or grown while a CUDA graph is being captured. "
             f"Call tp_overlap_kernels.init(group, max_M={max_M}, max_N={max_N}) on every rank before the capture."
         )
-    return _describe(arenas.obtain(group, max_M, max_N, dtype, store, execute.cpu_backend_in_force()))
+    arena = arenas.obtain(group, max_M, max_N, dtype, store, execute.cpu_backend_in_force())
+    _tag_compiled_code(arena, True)
+    return _describe(arena)
 
 
 def close(group: dist.ProcessGroup | None = None) -> None:
@@ -79,6 +81,7 @@ def close(group: dist.ProcessGroup | None = None) -> None:
     """
     old = arenas.find(arenas.name_of(group))
     if old is not None:
+        _tag_compiled_code(old, False)
         arenas.destroy(old)
 
 
@@ -167,6 +170,21 @@ def _check_sizes(call: str, max_M: int, max_N: int, dtype: torch.dtype, world_si
         raise InvalidInput(f"{call}: dtype must be bfloat16 or float16, got {dtype}.")
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise InvalidInput(f"{call}: world_size must be 1 to {MAX_WORLD_SIZE}, got {world_size}.")
+
+
+def _tag_compiled_code(arena: arenas.Arena, present: bool) -> None:
+    """Keep ranks from finding each other's code in torch.compile's caches, which processes share.
+
+    The rows that gemm_reduce_scatter gives depend on the rank, and nothing else in the caches' keys does: the graphs of
+    two ranks read the same, and where each sees its GPU as device 0, their inputs look the same too.
+    """
+    if arena.world_size == 1:
+        return
+    from torch.compiler import config
+
+    tag = f" tp_overlap:{arena.group_name}:{arena.rank}/{arena.world_size}"
+    others = config.cache_key_tag.replace(tag, "")
+    config.cache_key_tag = others + tag if present else others
 
 
 def _describe(arena: arenas.Arena) -> GroupInfo:

@@ -21,6 +21,7 @@ from .timing import Call
 from .torch_providers import UNFUSED
 from .truth import AT_EACH_HOP, ONCE, PARTIAL
 
+LEAST_MAX_M = 8192  # what tpo.init takes where nothing is said
 ARENA = "arena"  # what the session calls it
 INTERPRETER_LIMIT = 8_000_000  # multiply-adds of a case: above, interpreted kernels take seconds a call
 INTERPRETED_ROWS = 32  # of a tile: fewer rows cost as much
@@ -98,14 +99,17 @@ class UserFunction(Provider):
 
 
 def _initialised(session: Session) -> Any:
-    """The library, with one arena for the whole run: all providers of ours share it, as the layers of a model do."""
+    """The library, with one arena for the whole run: all providers of ours share it, as the layers of a model do.
+
+    On GPUs it holds the default max_M at least, whatever the cases: a smaller arena has less room for one-shot calls, and
+    a table tuned in it would not be that of a user.
+    """
     import torch.distributed as dist
 
     import tp_overlap_kernels as tpo
 
-    session.once(
-        ARENA, lambda: tpo.init(dist.group.WORLD, max_M=session.max_M, max_N=session.max_N, dtype=session.dtype)
-    )
+    max_M = max(session.max_M, LEAST_MAX_M) if torch.cuda.is_available() else session.max_M
+    session.once(ARENA, lambda: tpo.init(dist.group.WORLD, max_M=max_M, max_N=session.max_N, dtype=session.dtype))
     return tpo
 
 

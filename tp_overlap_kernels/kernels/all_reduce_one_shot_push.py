@@ -58,17 +58,14 @@ def all_reduce_one_shot_push(
     blocks = tl.cdiv(n, BLOCK)
     failed = 0
 
-    # 1. push; a block is published when the next one is under way
-    pending = 0
+    # 1. push
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):
         index = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + index, mask=index < n, other=0.0)
         for i in tl.static_range(1, WORLD):
             peer = (rank + i) % WORLD
             tl.store(slot_at(heap_ptr, slots, rank, slot_bytes, peer, DTYPE) + index, x, mask=index < n)
-        signal.publish(heap_ptr, pending, rank, word, rank, WORLD)
-        pending = (flags + (block * WORLD + rank) * 8).to(tl.int32)
-    signal.publish(heap_ptr, pending, rank, word, rank, WORLD)
+        signal.notify_all(heap_ptr, flags + (block * WORLD + rank) * 8, word, rank, WORLD)
 
     # 2. wait and add
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):

@@ -15,9 +15,10 @@ Bytes: a rank sends 2 (W-1)/W * n*itemsize.
 
 Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
   the slot of that block; the waiting CTA acquires on it and joins before it loads.
-Reuse (no one overwrites too early). Staging and result are written by a peer only after our `done` of the last call
-  that used them. out may be
-  x: a block of x is read by us before step 2 (own part) or step 3 (other parts) stores there, by the same CTA.
+Reuse (no one overwrites too early). Staging: we leave a call only after every owner's sums have come, which it sends
+  after it has read our partials; a call of another kind sends `done`, for which the first push waits. Result: an owner
+  pushes a sum only after our partial of that call has come, hence after we have left the call before. out may be x:
+  a block of x is read by us before step 2 (own part) or step 3 (other parts) stores there, by the same CTA.
 Live (no one waits for ever). The whole grid is resident, and a CTA ends step 1 before it waits in step 2, and step
   2 before step 3.
 """
@@ -60,26 +61,22 @@ def all_reduce_two_shot_push(
     word = signal.call_word(epoch, call_hash)
     own = tl.load(heap_ptr + rank)
     blocks = part // BLOCK
-    failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
+    failed = 0
 
-    # 1. push the other owners' parts; a block is published when the next one is under way
-    pending = 0
-    pending_owner = rank
+    # 1. push the other owners' parts
     for block in tl.range(pid, blocks, programs):
         for i in tl.static_range(1, WORLD):
             owner = (rank + i) % WORLD
             local = block * BLOCK + tl.arange(0, BLOCK)
             index = owner.to(tl.int64) * part + local
             x = tl.load(x_ptr + index, mask=index < n, other=0.0)
+            if (block == pid) & (i == 1):  # while x is on its way
+                failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
             staged = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
             tl.store(staged + local, x, mask=index < n)
-            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
-            pending = partial_flags + (block * WORLD + rank) * 8
-            pending_owner = owner
-    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+            signal.notify(tl.load(heap_ptr + owner) + partial_flags + (block * WORLD + rank) * 8, word)
 
     # 2. add our own part and push the sum
-    pending = 0
     for block in tl.range(pid, blocks, programs):
         local = block * BLOCK + tl.arange(0, BLOCK)
         index = rank.to(tl.int64) * part + local
@@ -101,9 +98,7 @@ def all_reduce_two_shot_push(
             peer = (rank + i) % WORLD
             tl.store(symm_at(heap_ptr, result_offset, peer, DTYPE) + index, result, mask=index < n)
         tl.store(out_ptr + index, result, mask=index < n)
-        signal.publish(heap_ptr, pending, rank, word, rank, WORLD)
-        pending = result_flags + (rank * blocks + block) * 8
-    signal.publish(heap_ptr, pending, rank, word, rank, WORLD)
+        signal.notify_all(heap_ptr, result_flags + (rank * blocks + block) * 8, word, rank, WORLD)
 
     # 3. the other parts, from the arena to the caller's tensor
     for block in tl.range(pid, blocks, programs):
@@ -118,4 +113,3 @@ def all_reduce_two_shot_push(
             total = tl.load(result + index, mask=index < n, other=0.0).to(tl.float32)
             total = tl.where(failed == 0, total, float("nan")).to(DTYPE)
             tl.store(out_ptr + index, total, mask=index < n)
-    signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)

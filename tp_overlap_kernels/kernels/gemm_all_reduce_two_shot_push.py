@@ -21,9 +21,9 @@ Bytes: a rank sends 2 (W-1)/W * M*N*itemsize: partials to their owners, sums to 
 Fresh (no one reads too early). All threads store; notify joins the CTA and one thread releases at system scope on
   the slot of that tile; the waiting CTA acquires on it and joins before it loads. Slots hold the epoch, so an older
   call's arrival does not pass.
-Reuse (no one overwrites too early). Staging and result slots of call e are written by a peer only after our `done`
-  of the last call that used them has reached it, which our last CTA sent after every CTA's loads (leave). Flags of
-  call e are likewise written after it.
+Reuse (no one overwrites too early). Staging: we leave a call only after every owner's sums have come, which it sends
+  after it has read our partials; a call of another kind sends `done`, for which the first push waits. Result: an owner
+  pushes a sum only after our partial of that call has come, hence after we have left the call before.
 Live (no one waits for ever). The whole grid is resident (at most one CTA an SM is launched). Tiles of step 1 wait
   for nobody (but for the end of the peers' previous call); each tile of step 2 waits for tiles of step 1; step 3
   waits for tiles of step 2.
@@ -80,7 +80,7 @@ def gemm_all_reduce_two_shot_push(
     word = signal.call_word(epoch, call_hash)
     own = tl.load(heap_ptr + rank)
     tiles_per_owner = m_tiles * n_tiles
-    failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
+    failed = 0
 
     signal.stagger(pid * stagger_ns)
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -108,6 +108,8 @@ def gemm_all_reduce_two_shot_push(
         b = b_desc.load([col0, k * BLOCK_K])
         acc = tl.dot(a, b.T, acc)
         if k == k_tiles - 1:
+            if step == pid:  # before the first store
+                failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
             # The tile before this one has long arrived where it went: its release waits for nothing.
             signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
             rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)
@@ -147,7 +149,6 @@ def gemm_all_reduce_two_shot_push(
         out_ptr, heap_ptr, control_ptr, record_ptr, M, N, rows_per_rank, m_tiles, n_tiles, pitch, out_pitch,
         result_flags, result_offset, word, rank, timeout_ns, failed, WORLD, DTYPE, BLOCK_M, BLOCK_N, GROUP_M,
     )  # fmt: skip
-    signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def gemm_reduce_scatter_push(
     word = signal.call_word(epoch, call_hash)
     own = tl.load(heap_ptr + rank)
     tiles_per_owner = m_tiles * n_tiles
-    failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
+    failed = 0
 
     signal.stagger(pid * stagger_ns)
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -103,6 +103,8 @@ def gemm_reduce_scatter_push(
         b = b_desc.load([col0, k * BLOCK_K])
         acc = tl.dot(a, b.T, acc)
         if k == k_tiles - 1:
+            if step == pid:  # before the first store
+                failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
             # The tile before this one has long arrived where it went: its release waits for nothing.
             signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
             rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)

@@ -59,9 +59,7 @@ def reduce_scatter_push(
     blocks = tl.cdiv(part, BLOCK)
     failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
 
-    # 1. push the other owners' parts; a block is published when the next one is under way
-    pending = 0
-    pending_owner = rank
+    # 1. push the other owners' parts
     for block in tl.range(pid, blocks, programs):
         local = block * BLOCK + tl.arange(0, BLOCK)
         for i in tl.static_range(1, WORLD):
@@ -71,10 +69,7 @@ def reduce_scatter_push(
             x = tl.load(x_ptr + index, mask=mask, other=0.0)
             staged = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
             tl.store(staged + local, x, mask=mask)
-            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
-            pending = partial_flags + (block * WORLD + rank) * 8
-            pending_owner = owner
-    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+            signal.notify(tl.load(heap_ptr + owner) + partial_flags + (block * WORLD + rank) * 8, word)
 
     # 2. add our own part
     for block in tl.range(pid, blocks, programs):

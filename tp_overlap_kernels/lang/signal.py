@@ -34,7 +34,7 @@ SENTINEL_BYTES = tl.constexpr(3)  # likewise
 FAILED = tl.constexpr(4)  # nonzero: every wait returns at once
 REPORTER = tl.constexpr(5)  # 0 until one thread has taken the record
 LEFT = tl.constexpr(6)  # CTAs that have ended in the running call
-STAGED = tl.constexpr(7)  # the last call that used staging and result
+STAGED = tl.constexpr(7)  # the last call that ended with `leave`
 HEADERS = tl.constexpr(8)  # address of our header slots [2, W]: the call word of each peer by parity of the epoch
 HEADERS_BYTES = tl.constexpr(9)  # W * 8
 
@@ -350,7 +350,7 @@ def publish(heap_ptr, slot_offset, owner, word, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
-    """End a call that has used staging or result: the last CTA tells every peer that all our loads of it are over.
+    """End a call that has used staging and gives no other sign of it: tell every peer that all our loads are over.
 
     `done[rank]` at a peer is what lets that peer overwrite, in its next call, what we have read in this one.
     """
@@ -364,7 +364,7 @@ def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, op, rank, WORLD: tl.constexpr):
-    """Wait until every peer has left the last call that used staging and result. Usually long true."""
+    """Wait until every peer has left the last call that ended with `leave`. Usually long true."""
     status = 0
     staged = tl.load(control_ptr + STAGED)
     own = tl.load(heap_ptr + rank) + done_offset

@@ -76,8 +76,10 @@ def _address(arg: Any) -> int:
 
 
 def specialisation(*values: Any) -> tuple:
-    """What Triton looks at in these arguments, for a cache key: tensors by alignment, ints by 1 and multiples of 16."""
+    """What Triton looks at in these arguments, for a cache key: tensors by alignment; ints by 1, by 16 and by width."""
     return tuple(
-        (value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else (value == 1, value % 16 == 0)
+        (value.data_ptr() % 16 == 0)
+        if isinstance(value, torch.Tensor)
+        else (value == 1, value % 16 == 0, value >= 1 << 31)
         for value in values
     )

@@ -18,6 +18,7 @@ MAX_WORLD_SIZE = 8
 PITCH_ELEMS = 16  # rows of partials start at multiples of this many elements
 
 _MAX_TILE_SLOTS = 65536
+_NARROWEST_TILE = 32  # columns: of these, every owner has flags for one row of tiles at least
 _ONE_SHOT_TILES = 2048
 _MAX_ONE_SHOT_BYTES = 8 << 20
 _MAX_SENTINEL_BYTES = 256 << 10
@@ -92,7 +93,8 @@ def layout(max_M: int, max_N: int, itemsize: int, world_size: int) -> Layout:
     """
     W = world_size
     row_bytes = pitch(max_N) * itemsize
-    tile_slots = min(_MAX_TILE_SLOTS, (-(-max_M // 64) + W) * -(-max_N // 64) + 64)
+    tiles = max((-(-max_M // 64) + W) * -(-max_N // 64), W * -(-max_N // _NARROWEST_TILE))
+    tile_slots = min(_MAX_TILE_SLOTS, tiles + 64)
     words = {
         "done": W,
         "header": 2 * W,

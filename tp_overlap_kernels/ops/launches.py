@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor, bfloat16
 
 from ..dispatch import Plan
+from ..errors import InvalidInput
 from ..kernels.all_reduce_one_shot_push import all_reduce_one_shot_push
 from ..kernels.all_reduce_two_shot_push import all_reduce_two_shot_push
 from ..kernels.gemm_all_reduce_one_shot_push import gemm_all_reduce_one_shot_push
@@ -43,15 +44,23 @@ def _tiles(plan: Plan, grouped: bool = True) -> dict[str, int]:
 
 
 def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
-    """The most rows that one launch of this plan can take; a larger call runs in chunks. Equal on all ranks."""
-    room = arena.layout
+    """The most rows that one launch of this plan can take; a larger call runs in chunks. Equal on all ranks.
+
+    Errors: InvalidInput where forced tiles are so narrow that one row of them has more tiles than there are flags.
+    """
+    room, W = arena.layout, arena.world_size
+    rows = room.max_M
     if plan.name == "one_shot":
         by_flags = room.one_shot_tiles // -(-N // plan["block_n"]) * plan["block_m"]
-        return min(room.one_shot_bytes // (pitch(N) * itemsize), by_flags)
-    if plan.name in ("two_shot", "push"):
-        tiles_down = room.tile_slots // arena.world_size // -(-N // plan["block_n"])
-        return min(room.max_M, tiles_down * plan["block_m"] * arena.world_size)
-    return room.max_M
+        rows = min(room.one_shot_bytes // (pitch(N) * itemsize), by_flags)
+    elif plan.name in ("two_shot", "push"):
+        tiles_down = room.tile_slots // W // -(-N // plan["block_n"])
+        rows = min(rows, tiles_down * plan["block_m"] * W)
+    elif plan.name == "unfused_push":
+        rows = min(rows, room.tile_slots // W * COPY_BLOCKS[1] // N * W)
+    if rows < 1:
+        raise InvalidInput(f"plan {str(plan)!r} has no room for one row of N={N}. Give it a larger block_n.")
+    return rows
 
 
 def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
@@ -64,13 +73,17 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
     slot = room.staging_slot_bytes // itemsize
     # A part is rounded up to whole blocks; in a tiny arena one owner may get all.
     step = W * (slot - COPY_BLOCKS[1]) if slot >= 4 * COPY_BLOCKS[1] else slot
-    return min(step, (room.total_bytes - room.result) // itemsize, 1 << 30)
+    by_flags = room.tile_slots // W * COPY_BLOCKS[1] * W
+    return min(step, by_flags, (room.total_bytes - room.result) // itemsize, 1 << 30)
 
 
-def _copy_block(elements: int, programs: int) -> dict[str, int]:
-    """Elements of a block such that one a CTA covers the call: smaller ones, pipelined, cost 2-30 us at 4-16 MiB."""
-    block = COPY_BLOCKS[0]
-    while block < COPY_BLOCKS[1] and block * programs < elements:
+def copy_block(arena: Arena, elements: int) -> dict[str, int]:
+    """Elements of a block such that one a CTA covers the call: smaller ones, pipelined, cost 2-30 us at 4-16 MiB.
+
+    Large enough, too, that every block has a flag of each rank.
+    """
+    block, most = COPY_BLOCKS[0], min(arena.programs, arena.layout.tile_slots // arena.world_size)
+    while block < COPY_BLOCKS[1] and block * most < elements:
         block *= 2
     return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
 
@@ -169,7 +182,7 @@ def gemm_reduce_scatter(
 def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Issued:
     """kernels/all_reduce_one_shot_push.py; x and out flat."""
     n, W, room = x.numel(), arena.world_size, arena.layout
-    meta = _copy_block(n, arena.programs)
+    meta = copy_block(arena, n)
     launch = _launch(
         arena,
         all_reduce_one_shot_push,
@@ -200,7 +213,7 @@ def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
 def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Issued:
     """kernels/all_reduce_two_shot_push.py; x and out flat."""
     n, W, room = x.numel(), arena.world_size, arena.layout
-    meta = _copy_block(rows_per_rank(n, W), arena.programs)
+    meta = copy_block(arena, rows_per_rank(n, W))
     part = align_up(rows_per_rank(n, W), meta["BLOCK"])
     launch = _launch(
         arena,
@@ -236,7 +249,7 @@ def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, wo
     """kernels/reduce_scatter_push.py; x: [M, N] contiguous, out: our rows of it."""
     (M, N), W, room = x.shape, arena.world_size, arena.layout
     part = rows_per_rank(M, W) * N
-    meta = _copy_block(part, arena.programs)
+    meta = copy_block(arena, part)
     launch = _launch(
         arena,
         reduce_scatter_push,

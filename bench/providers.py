@@ -101,8 +101,8 @@ class UserFunction(Provider):
 def _initialised(session: Session) -> Any:
     """The library, with one arena for the whole run: all providers of ours share it, as the layers of a model do.
 
-    On GPUs it holds the default max_M at least, whatever the cases: a smaller arena has less room for one-shot calls, and
-    a table tuned in it would not be that of a user.
+    On GPUs it holds the default max_M at least, whatever the cases: a smaller arena has less room for one-shot calls,
+    and a table tuned in it would not be that of a user.
     """
     import torch.distributed as dist
 

@@ -49,6 +49,7 @@ def all_reduce_one_shot_push(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    signal.after_previous_kernel()
     epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
     half = epoch & 1

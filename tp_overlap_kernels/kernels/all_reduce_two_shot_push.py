@@ -55,6 +55,7 @@ def all_reduce_two_shot_push(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    signal.after_previous_kernel()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)

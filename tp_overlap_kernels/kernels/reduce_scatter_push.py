@@ -51,6 +51,7 @@ def reduce_scatter_push(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    signal.after_previous_kernel()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)

@@ -190,6 +190,7 @@ def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
         WORLD=W,
         DTYPE=_triton_dtype(x),
         **meta,
+        launch_pdl=True,
     )
     return launch(
         min(-(-n // meta["BLOCK"]), arena.programs),
@@ -222,6 +223,7 @@ def all_reduce_two_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: 
         WORLD=W,
         DTYPE=_triton_dtype(x),
         **meta,
+        launch_pdl=True,
     )
     return launch(
         min(part // meta["BLOCK"], arena.programs),
@@ -258,6 +260,7 @@ def reduce_scatter(arena: Arena, x: Tensor, bias: Tensor | None, out: Tensor, wo
         HAS_BIAS=bias is not None,
         DTYPE=_triton_dtype(x),
         **meta,
+        launch_pdl=True,
     )
     return launch(
         min(-(-part // meta["BLOCK"]), arena.programs),

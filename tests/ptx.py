@@ -18,7 +18,7 @@ CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdum
 def hopper(kernel, types, meta, aligned=()):
     """types: Triton type by argument name ("*bf16", "tensordesc<...>"); aligned: names that are multiples of 16."""
     names = list(kernel.arg_names)
-    options = {key: meta[key] for key in ("num_warps", "num_stages") if key in meta}
+    options = {key: value for key, value in meta.items() if key not in names}  # num_warps and the like
     constants = {(names.index(key),): value for key, value in meta.items() if key not in options}
     signature = {name: types.get(name, "constexpr") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}

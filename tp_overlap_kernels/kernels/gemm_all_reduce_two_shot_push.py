@@ -123,7 +123,7 @@ def gemm_all_reduce_two_shot_push(
             else:
                 # 2. add the peers' partials to our own, store the sum and push it to all
                 first = rank * rows_per_rank
-                for i in tl.static_range(0, WORLD - 1):
+                for i in tl.range(0, WORLD - 1, num_stages=1):
                     peer = i + (i >= rank).to(tl.int32)  # 0..W-1 without us
                     who = signal.waiter(OP, rank, peer, t)
                     slot = own + partial_flags + (t * WORLD + peer) * 8
@@ -134,7 +134,7 @@ def gemm_all_reduce_two_shot_push(
                     acc += tile.load(staged, rows - first, cols, row_end - first, N, pitch).to(tl.float32)
                 acc += tile.load_bias(bias_ptr, cols, N, HAS_BIAS)[None, :]
                 result = tl.where(failed == 0, acc, float("nan")).to(DTYPE)
-                for i in tl.static_range(1, WORLD):
+                for i in tl.range(1, WORLD, num_stages=1):
                     peer = (rank + i) % WORLD
                     tile.store(symm_at(heap_ptr, result_offset, peer, DTYPE), result, rows, cols, row_end, N, pitch)
                 tile.store(out_ptr, result, rows, cols, row_end, N, out_pitch)

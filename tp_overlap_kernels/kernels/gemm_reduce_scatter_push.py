@@ -116,7 +116,7 @@ def gemm_reduce_scatter_push(
                 pending = partial_flags + (t * WORLD + rank) * 8
             else:
                 # 2. add the peers' partials to our own and store
-                for i in tl.static_range(0, WORLD - 1):
+                for i in tl.range(0, WORLD - 1, num_stages=1):
                     peer = i + (i >= rank).to(tl.int32)  # 0..W-1 without us
                     who = signal.waiter(OP, rank, peer, t)
                     slot = own + partial_flags + (t * WORLD + peer) * 8

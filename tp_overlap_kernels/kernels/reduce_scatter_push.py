@@ -63,7 +63,7 @@ def reduce_scatter_push(
     # 1. push the other owners' parts
     for block in tl.range(pid, blocks, programs):
         local = block * BLOCK + tl.arange(0, BLOCK)
-        for i in tl.static_range(1, WORLD):
+        for i in tl.range(1, WORLD, num_stages=1):
             owner = (rank + i) % WORLD
             index = owner.to(tl.int64) * part + local
             mask = (index < n) & (local < part)

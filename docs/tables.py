@@ -1,0 +1,114 @@
+"""Writes the measured tables and pictures of README.md and docs/ anew, from bench/results/*.json.
+
+    python docs/tables.py
+
+A block between `<!-- numbers: NAME -->` and `<!-- end -->` is replaced by what the function of that name returns.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+from tp_overlap_kernels.bench.plot import plot
+from tp_overlap_kernels.bench.report import BANDS, by_case, floor_ratios, geometric_mean
+from tp_overlap_kernels.bench.results import Row, best_unfused, read_rows
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WAYS = ("ours", "best unfused of each case", "matmul+nccl")
+SHOWN_M = (16, 1024, 8192)
+
+
+def graph_rows(path: pathlib.Path) -> list[Row]:
+    return [row for row in read_rows(path)[1] if row.mode == "graph"]
+
+
+RESULTS = [path for path in sorted((ROOT / "bench" / "results").glob("*_gemm_*.json")) if graph_rows(path)]
+
+
+def summary() -> str:
+    """Time / floor by band of M, and the microseconds of six layers at a few M."""
+    bands = [band for band in BANDS if band != "all M"]
+    lines = [_line("op", "way", *bands), _line("---", "---", *["---:"] * len(bands))]
+    for path in RESULTS:
+        rows = graph_rows(path)
+        ratios = floor_ratios(rows)
+        for way in WAYS:
+            means = [geometric_mean(ratio for M, ratio in ratios[way] if BANDS[band](M)) for band in bands]
+            lines.append(_line(rows[0].op, way, *(f"{mean:.2f}" for mean in means)))
+    return "\n".join(lines)
+
+
+def six_rows() -> str:
+    """Ours, and the best unfused way, of each layer of the first file at a few M."""
+    rows = graph_rows(RESULTS[0])
+    lines = [_line("layer", "N", "K a rank", *(f"M={M}" for M in SHOWN_M)), _line("---", *["---:"] * 5)]
+    cases = _by_layer(rows)
+    for layer, of_layer in cases.items():
+        head = next(iter(of_layer.values()))[0]
+        cells = [f"{_ours(of_layer[M]).us:.1f} / {best_unfused(of_layer[M]).us:.1f}" for M in SHOWN_M]
+        lines.append(_line(layer, head.N, head.K_local, *cells))
+    return "\n".join(lines)
+
+
+def runs() -> str:
+    """What each file says of itself."""
+    lines = []
+    for path in RESULTS:
+        meta, rows = read_rows(path)
+        lines.append(
+            f"`{path.relative_to(ROOT)}`: {meta['world_size']} x {meta['gpu']}, link {meta['link_gbps']:g} GB/s each "
+            f"way, {rows[0].dtype}, torch {meta['torch']}, triton {meta['triton']}, NCCL {meta['nccl']}, driver "
+            f"{meta['driver']}, commit {meta['commit']}."
+        )
+    return "\n\n".join(lines)
+
+
+def every_case() -> str:
+    """For each file a table of layers by M."""
+    parts = []
+    for path in RESULTS:
+        rows = graph_rows(path)
+        cases = _by_layer(rows)
+        grid = sorted({row.M for row in rows})
+        lines = [f"`{rows[0].op}`: us of ours, (time / best unfused way), plan", "", _line("M", *cases)]
+        lines.append(_line("---:", *["---:"] * len(cases)))
+        lines += [_line(M, *(_cell(cases[layer][M]) for layer in cases)) for M in grid]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _by_layer(rows: list[Row]) -> dict[str, dict[int, list[Row]]]:
+    cases: dict[str, dict[int, list[Row]]] = {}
+    for (_, _, layer, M), group in by_case(rows).items():
+        cases.setdefault(layer, {})[M] = group
+    return cases
+
+
+def _ours(group: list[Row]) -> Row:
+    return next(row for row in group if row.provider == "ours")
+
+
+def _cell(group: list[Row]) -> str:
+    ours, best = _ours(group), best_unfused(group)
+    return f"{ours.us:.1f} ({ours.us / best.us:.2f}) {ours.plan.partition(':')[0]}"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    blocks = {"summary": summary, "six rows": six_rows, "runs": runs, "every case": every_case}
+    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        text = path.read_text()
+        for name, block in blocks.items():
+            pattern = rf"(<!-- numbers: {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda found, block=block: f"{found[1]}{block()}\n{found[2]}", text, flags=re.S)
+        path.write_text(text)
+    for results in RESULTS:
+        plot(results, ROOT / "docs" / results.with_suffix(".png").name)
+
+
+if __name__ == "__main__":
+    main()

@@ -228,3 +228,24 @@ def on_meta(rank, world_size, op):
     except tpo.InvalidInput as error:
         return shape, str(error)
     return shape, ""
+
+
+@pytest.mark.slow
+def test_ranks_keep_one_order_of_independent_calls(ranks):
+    """Inductor orders what is independent by sizes, and a reduce-scatter's are not the same on all ranks."""
+    for eager, compiled in ranks(2).run(compile_independent_calls, timeout=240):
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def compile_independent_calls(rank, world_size):
+    prepare_arena(Setup())
+    torch._dynamo.reset()
+    a, b = operands(call_of("gemm_all_reduce", 33), rank)
+
+    def both(a, b):
+        ops, name = torch.ops.tp_overlap, group_name()
+        part = ops.gemm_reduce_scatter(a * 1, b, name)
+        return ops.gemm_all_reduce(a * 1, b, name) + 0, part + 0
+
+    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+        return both(a, b), torch.compile(both, fullgraph=True, dynamic=True)(a, b)

@@ -85,7 +85,7 @@ def in_a_row_with_late_ranks(op: str, case: Case) -> list[Call]:
 
 
 def _padded(x: torch.Tensor, *sizes: int) -> torch.Tensor:
-    return torch.full(sizes, NAN, dtype=x.dtype)
+    return torch.full(sizes, NAN, dtype=x.dtype, device=x.device)
 
 
 def _in_wider_rows(x: torch.Tensor) -> torch.Tensor:
@@ -140,16 +140,16 @@ def prepare_arena(setup: Setup) -> arenas.Arena:
     return arena
 
 
-def operands(call: Call, rank: int) -> list[torch.Tensor]:
+def operands(call: Call, rank: int, device: str = "cpu") -> list[torch.Tensor]:
     """The tensors that `rank` passes: a, b and perhaps bias; or x."""
     case, lay_out = call.case, LAYOUTS[call.layout]
     if call.op == "all_reduce":
-        x = inputs.message(case, rank, call.kind, call.number)
+        x = inputs.message(case, rank, call.kind, call.number, device)
         return [lay_out(x.view(call.leading or (case.N,)))]
-    a, b = inputs.operands(case, rank, call.kind, call.number)
+    a, b = inputs.operands(case, rank, call.kind, call.number, device)
     if call.leading is not None:
         a = a.view(*call.leading, case.K)
-    bias = [lay_out(inputs.bias(case, call.number))] if call.bias else []
+    bias = [lay_out(inputs.bias(case, call.number, device))] if call.bias else []
     return [lay_out(a), lay_out(b), *bias]
 
 
@@ -168,7 +168,7 @@ def invoke(call: Call, tensors: list[torch.Tensor], rank: int) -> torch.Tensor:
     arguments, bias = tensors[:fixed], tensors[fixed:]
     if not call.into_out:
         return getattr(ops, call.op)(*arguments, group_name(), *bias)
-    out = torch.full(out_shape(call, rank), NAN, dtype=call.case.dtype)
+    out = torch.full(out_shape(call, rank), NAN, dtype=call.case.dtype, device=arguments[0].device)
     getattr(ops, call.op + "_out")(*arguments, group_name(), out, *bias)
     return out
 

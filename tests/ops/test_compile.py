@@ -240,7 +240,7 @@ def test_ranks_keep_one_order_of_independent_calls(ranks):
 def compile_independent_calls(rank, world_size):
     prepare_arena(Setup())
     torch._dynamo.reset()
-    a, b = operands(call_of("gemm_all_reduce", 33), rank)
+    a, b = operands(Call("gemm_all_reduce", Case(33, 128, 64, BF16, 2, "compiled"), "normal", 0), rank)
 
     def both(a, b):
         ops, name = torch.ops.tp_overlap, group_name()

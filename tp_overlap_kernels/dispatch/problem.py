@@ -83,12 +83,12 @@ class Problem:
         """Bytes that the same partial takes in the arena."""
         return self.M * -(-self.N // PITCH_ELEMS) * PITCH_ELEMS * ITEMSIZE[self.dtype]
 
-    def call_hash(self) -> int:
-        """16 bits over all fields, equal in every process and never 0; it travels in each signal word.
+    def call_hash(self, plan: str = "") -> int:
+        """16 bits over all fields and the plan, equal in every process and never 0; it travels in each signal word.
 
         0 is kept for "no call yet", the value of a fresh signal pad.
         """
-        text = f"{self.op} {self.M} {self.N} {self.K} {self.dtype} {self.world_size} {int(self.bias)}"
+        text = f"{self.op} {self.M} {self.N} {self.K} {self.dtype} {self.world_size} {int(self.bias)}{plan}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % 0xFFFF + 1
 

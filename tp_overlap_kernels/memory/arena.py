@@ -21,7 +21,7 @@ from ..errors import InvalidInput, NotInitialised, PeerDied, UnsupportedTopology
 from . import store as stores
 from .layout import MAX_WORLD_SIZE, Layout, layout
 from .record import Record
-from .topology import device_of, native_library, ranks_on_same_device
+from .topology import check_device, device_of, native_library, ranks_on_same_device
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,7 @@ def obtain(
     if world_size > MAX_WORLD_SIZE:
         raise UnsupportedTopology(f"init: world sizes 1 to {MAX_WORLD_SIZE} are supported, got {world_size}.")
     device = device_of(store)
+    check_device(device, world_size)
     old = find(name_of(group))
     kind = stores.pick(store, device, world_size)
     table = load(settings().table, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world_size)
@@ -268,7 +269,13 @@ def _agree(mine: dict[str, Any], group: dist.ProcessGroup | None, world_size: in
         return [mine]
     cards: list[Any] = [None] * world_size
     dist.all_gather_object(cards, mine, group=group)
-    for key in ("max_M", "max_N", "itemsize", "store", "device", "host", "table", "plan"):
+    hosts = [card["host"] for card in cards]
+    if len(set(hosts)) > 1:
+        raise UnsupportedTopology(
+            f"init: the ranks of a group must share one host, got {hosts} (by rank). Make a group of the ranks of each "
+            "host, and use NCCL between hosts."
+        )
+    for key in ("max_M", "max_N", "itemsize", "store", "device", "table", "plan"):
         values = [card[key] for card in cards]
         if any(value != values[0] for value in values):
             raise InvalidInput(

@@ -51,7 +51,8 @@ class FailedWait:
             return CallMismatch(
                 f"{place}, which made another call: hash wanted {self.wanted & 0xFFFF:#06x}, "
                 f"seen {self.seen & 0xFFFF:#06x}. "
-                f"All ranks must make the same calls in the same order, with equal M, N, K, dtype and bias.{after}"
+                "All ranks must make the same calls in the same order, with equal M, N, K, dtype, bias and plan."
+                f"{after}"
             )
         if self.code == TIMEOUT:
             return PeerTimeout(

@@ -5,6 +5,7 @@ import collections
 import torch
 
 from .. import native
+from ..errors import UnsupportedTopology
 
 
 def device_of(store: str) -> torch.device:
@@ -15,6 +16,15 @@ def device_of(store: str) -> torch.device:
     if store == "shm":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def check_device(device: torch.device, world_size: int) -> None:
+    """Refuse a GPU that lacks instructions of the kernels: they are of compute capability 9.0."""
+    if device.type == "cuda" and world_size > 1 and torch.cuda.get_device_capability(device) < (9, 0):
+        raise UnsupportedTopology(
+            f"init: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{torch.cuda.get_device_capability(device)}, and the kernels need (9, 0) or above. Use NCCL here."
+        )
 
 
 def native_library(device: torch.device) -> bool:

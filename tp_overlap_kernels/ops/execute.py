@@ -89,7 +89,7 @@ def plan_for(arena: Arena, op: str, M: int, N: int, K: int, dtype: torch.dtype, 
     if found is None:
         problem = Problem(op, M, N, K, DTYPE_NAMES[dtype], arena.world_size, bias)
         plan = select(problem, topology_of(arena), arena.table, forced_plan())
-        found = arena.cache[key] = (plan, problem.call_hash())
+        found = arena.cache[key] = (plan, problem.call_hash(str(plan)))
     return found
 
 

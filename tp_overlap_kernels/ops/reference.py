@@ -1,10 +1,10 @@
 """The `ref` backend: what a laptop runs. torch.mm, then a sum over the symmetric memory of CPU ranks.
 
-Each rank writes its partial into one half of its own arena, raises its header slot there, waits for the headers of
-its peers and adds all partials. Fresh: a header is written after the data (x86-64 keeps the order of stores, and of
-loads; elsewhere use `interp`, whose signals are atomics). Reuse: call e writes half e & 1; entering e means that
-every peer has entered e - 1, hence ended e - 2, whose data lay there. Live: each rank raises its header before it
-waits.
+Each rank writes its partial into its own arena, raises its header slot there, waits for the headers of its peers, adds
+all partials in rank order in f32, and waits until all have read. Fresh: a header is written after the data (x86-64
+keeps the order of stores, and of loads; elsewhere use `interp`, whose signals are atomics). Reuse: a call ends when
+every rank has read, so the next one, of either backend, may write anywhere. Live: each rank raises its header before
+it waits, and says that it has read before it waits for the others to say so.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedTopology
 from ..memory.arena import Arena
-from ..memory.layout import align_down, rows_per_rank
+from ..memory.layout import rows_per_rank
 from ..memory.record import ABORTED, MISMATCH, TIMEOUT, FailedWait
 
 EPOCH = 0  # word of arena.control, as in lang.signal
@@ -44,9 +44,9 @@ def reduce_scatter(arena: Arena, partial: Tensor, out: Tensor, word: int) -> Non
 
 
 def _capacity(arena: Arena, x: Tensor) -> int:
-    """Elements of one half."""
+    """Elements of a partial: everything behind the pads, since no region is in use between two calls of `ref`."""
     room = arena.layout
-    return align_down((room.total_bytes - room.sentinel) // 2) // x.element_size()
+    return (room.total_bytes - room.one_shot) // x.element_size()
 
 
 def _exchange(arena: Arena, x: Tensor, out: Tensor, first: int, op: str, word: int) -> None:
@@ -55,7 +55,7 @@ def _exchange(arena: Arena, x: Tensor, out: Tensor, first: int, op: str, word: i
         raise UnsupportedTopology(f"{op}: the ref backend relies on x86-64's memory order. Use cpu_backend('interp').")
     epoch = int(arena.control[EPOCH]) + 1
     arena.control[EPOCH] = epoch
-    start = arena.layout.sentinel + (epoch & 1) * _capacity(arena, x) * x.element_size()
+    start = arena.layout.one_shot
     arena.view(arena.rank, start, tuple(x.shape), x.dtype).copy_(x)
     header = arena.layout.header + ((epoch & 1) * arena.world_size) * 8
     ctypes.c_int64.from_address(arena.store.bases[arena.rank] + header + arena.rank * 8).value = epoch << 16 | word
@@ -65,7 +65,19 @@ def _exchange(arena: Arena, x: Tensor, out: Tensor, first: int, op: str, word: i
             out.fill_(float("nan"))
             return
         total += arena.view(rank, start, tuple(x.shape), x.dtype)[first : first + out.numel()]
+    if not _all_have_read(arena, epoch, op):
+        out.fill_(float("nan"))
+        return
     out.copy_(total)
+
+
+def _all_have_read(arena: Arena, epoch: int, op: str) -> bool:
+    """Tell every peer that our reads are over, and hear it from all: what follows may use the same bytes."""
+    done, rank = arena.layout.done, arena.rank
+    for base in arena.store.bases:
+        ctypes.c_int64.from_address(base + done + rank * 8).value = epoch << 16
+    own = arena.store.bases[rank] + done
+    return all(_wait(arena, peer, own + peer * 8, epoch << 16, op) for peer in range(arena.world_size))
 
 
 def _wait(arena: Arena, peer: int, address: int, wanted: int, op: str) -> bool:

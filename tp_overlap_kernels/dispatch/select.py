@@ -26,15 +26,17 @@ ONE_SHOT_MAX_M = 64
 # ... while what a rank sends, (W-1) messages, stays small. Unfused at W=4, N=8192: one-shot ties at M=1, is 5 % behind
 # two-shot at M=16 (768 KiB sent) and 22 % at M=64 (3 MiB). W=2, M=64, N=8192 sends 1 MiB.
 ONE_SHOT_MAX_SENT_BYTES = 1 * MIB
-# Between decode and prefill cuBLAS and our all-reduce: the GEMM has too few tiles for its epilogues to hide behind.
-# First win of the fused prototype: M=1024 (72B o_proj 144 us against 155, 8B o_proj 55 against 57.5).
+# Between decode and prefill cuBLAS and a collective of ours: the GEMM has too few tiles to hide its epilogues behind.
+# Measured at M=512: level with the fused kernels at N=8192 K=4096 (79.2 us against 79.7), ahead at N=4096 K=7168 (58.8
+# against 65.6).
 UNFUSED_MAX_M = 512
-# Chunked cuBLAS, W=2 (72B o_proj: 252 us against 268 fused at M=2048, 479 against 503 at M=4096). It needs copies large
-# enough for the copy engine (a quarter of the message each; 8 MiB reach 250 GB/s, 16 MiB 350) ...
-CHUNKED_MIN_BYTES = 32 * MIB
-# ... and a GEMM well longer than the transfer, which depends on K alone: wins at K=3696 (457 us against 477), loses at
-# K=1024 (281 against 233) and at K=2048 (186 against 154).
-CHUNKED_MIN_K = 3072
+# The collective then: one-shot up to here between two ranks (M=256, N=8192: 44.6 us with it, 48.6 with two-shot).
+UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
+# Chunked cuBLAS, W=2, needs copies large enough for the copy engine and a GEMM well longer than the transfer, which
+# depends on K alone. Reduce-scatter: M=4096, N=8192, K=3696 403 us against 413 fused; K=1024 195 against 172.
+CHUNKED_SCATTER_MIN_BYTES, CHUNKED_SCATTER_MIN_K = 32 * MIB, 3072
+# All-reduce pushes twice as much: it wins at M=8192, N=8192, K=14784 (2931 us against 3063 fused), and nowhere else.
+CHUNKED_SUM_MIN_BYTES, CHUNKED_SUM_MIN_K = 128 * MIB, 14336
 # All-reduce by itself: the sentinel kernel takes 1.4 us at 256 KiB where flags take 3.0; above, nobody measured it.
 SENTINEL_MAX_BYTES = 256 * KIB
 # One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
@@ -190,20 +192,24 @@ def _gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
             ("unfused_two_shot", "small M"),
         ]
     if problem.M <= UNFUSED_MAX_M:
-        return [("unfused_two_shot", f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind")]
-    return [*_chunked(problem), ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+        why = f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind"
+        one_shot = problem.world_size == 2 and problem.message_bytes <= UNFUSED_ONE_SHOT_MAX_BYTES
+        return [("unfused_one_shot", why)] * one_shot + [("unfused_two_shot", why)]
+    chunked = _chunked(problem, CHUNKED_SUM_MIN_BYTES, CHUNKED_SUM_MIN_K)
+    return [*chunked, ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
 
 
 def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
-    if problem.M <= ONE_SHOT_MAX_M:
-        return [("unfused_push", f"M <= {ONE_SHOT_MAX_M}: a tile of rows is less than a rank's share")]
-    return [*_chunked(problem), ("push", f"M > {ONE_SHOT_MAX_M}: the sum hides behind the GEMM")]
+    if problem.M <= UNFUSED_MAX_M:
+        return [("unfused_push", f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind")]
+    chunked = _chunked(problem, CHUNKED_SCATTER_MIN_BYTES, CHUNKED_SCATTER_MIN_K)
+    return [*chunked, ("push", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
 
 
-def _chunked(problem: Problem) -> list[tuple[str, str]]:
-    if problem.message_bytes < CHUNKED_MIN_BYTES or problem.K < CHUNKED_MIN_K:
+def _chunked(problem: Problem, min_bytes: int, min_K: int) -> list[tuple[str, str]]:
+    if problem.message_bytes < min_bytes or problem.K < min_K:
         return []
-    return [("chunked", f"at least {CHUNKED_MIN_BYTES // MIB} MiB to move and K >= {CHUNKED_MIN_K}")]
+    return [("chunked", f"at least {min_bytes // MIB} MiB to move and K >= {min_K}")]
 
 
 def _all_reduce(problem: Problem) -> list[tuple[str, str]]:

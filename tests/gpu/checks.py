@@ -1,4 +1,4 @@
-"""What each rank of the GPU tests does: one function a property, all in one process a rank, since a start is slow.
+"""Shapes of models, late ranks, compiled calls, failures: what each rank does, one function a property.
 
 Inputs are made on the device from (case, rank, call), so that every rank can make every other rank's and hold its own
 result against float64 with the computed tolerance.
@@ -11,10 +11,12 @@ import torch.distributed as dist
 
 import tp_overlap_kernels as tpo
 from tests.cases import GPU_ALL_REDUCE_CASES, GPU_CASES, Case, on
+from tests.ops.calls import group_name
 from tests.tolerance import Rounding, check, check_bites, tolerance
 from tests.truth import Truth
 from tp_overlap_kernels.memory import arena as arenas
 
+MAX_M, MAX_N = 8192, 8192
 OPS = torch.ops.tp_overlap
 GEMM_PLANS = (
     "one_shot",
@@ -64,8 +66,9 @@ def bits_agree(x: torch.Tensor) -> bool:
     return len(set(gathered)) == 1
 
 
-def plans_are_right(rank: int, W: int, group: str) -> None:
+def plans_are_right(rank: int, W: int) -> None:
     """Every plan on every shape it can run, three calls in a row, outputs full of NaN beforehand."""
+    group = group_name()
     for case in (on(case, W) for case in GPU_CASES):
         truths = [truth(case, call) for call in range(3)]
         inputs = [operands(case, rank, call) for call in range(3)]
@@ -104,8 +107,9 @@ def _gemm(rank, group, case, plan, truths, inputs, scatter):
             assert bits_agree(out), f"{what}, call {call}: ranks hold different bits"
 
 
-def sums_are_right(rank: int, W: int, group: str) -> None:
+def sums_are_right(rank: int, W: int) -> None:
     """all_reduce, every plan."""
+    group = group_name()
     for case in (on(case, W) for case in GPU_ALL_REDUCE_CASES):
         messages = []
         for source in range(W):
@@ -128,8 +132,9 @@ def sums_are_right(rank: int, W: int, group: str) -> None:
             assert bits_agree(total), f"{plan} {case}: ranks hold different bits"
 
 
-def graphs_replay(rank: int, W: int, group: str) -> None:
+def graphs_replay(rank: int, W: int) -> None:
     """Two graphs, of three and of two calls, replayed an odd number of times, interleaved, eager calls in between."""
+    group = group_name()
     small, large = Case(16, 4096, 1024, torch.bfloat16, W, "small"), Case(768, 2048, 512, torch.bfloat16, W, "large")
     inputs = {case: operands(case, rank, 0) for case in (small, large)}
 
@@ -168,8 +173,9 @@ def graphs_replay(rank: int, W: int, group: str) -> None:
             check(outs[-1], exact.rows(rows), tol[rows], f"scatter in graph of {case}, turn {turn}")
 
 
-def late_ranks(rank: int, W: int, group: str) -> None:
+def late_ranks(rank: int, W: int) -> None:
     """Each rank in turn arrives milliseconds late."""
+    group = group_name()
     case = Case(300, 1024, 256, torch.bfloat16, W, "late")
     for late in range(W):
         for call, plan in enumerate(("one_shot", "two_shot", "unfused_sentinel", "unfused_two_shot")):
@@ -186,8 +192,9 @@ def late_ranks(rank: int, W: int, group: str) -> None:
             check(out, exact, tolerance(exact, Rounding.WIRE), f"{plan}, rank {late} late")
 
 
-def compiles(rank: int, W: int, group: str) -> None:
+def compiles(rank: int, W: int) -> None:
     """torch.compile(fullgraph=True) with dynamic M, and opcheck of every op."""
+    group = group_name()
 
     @torch.compile(fullgraph=True, dynamic=True)
     def layer(a, b):
@@ -210,7 +217,7 @@ def compiles(rank: int, W: int, group: str) -> None:
     )
 
 
-def growth_in_capture_is_refused(rank: int, W: int, group: str) -> None:
+def growth_in_capture_is_refused(rank: int, W: int) -> None:
     """init with larger sizes inside a capture names the call to make before it."""
     graph = torch.cuda.CUDAGraph()
     try:
@@ -223,8 +230,9 @@ def growth_in_capture_is_refused(rank: int, W: int, group: str) -> None:
         raise AssertionError("the arena grew during a capture")
 
 
-def failures_are_named(rank: int, W: int, group: str) -> None:
+def failures_are_named(rank: int, W: int) -> None:
     """Another M on rank 1; then a rank that never comes; after each, close and init make a group that works."""
+    group = group_name()
     b = torch.randn(512, 256, device="cuda").bfloat16()
     _expect(
         tpo.CallMismatch,
@@ -238,7 +246,7 @@ def failures_are_named(rank: int, W: int, group: str) -> None:
     dist.barrier()
     tpo.close()
     tpo.init(max_M=8192, max_N=8192)
-    late_ranks(rank, W, group)
+    late_ranks(rank, W)
 
 
 def _expect(kind: type[Exception], call) -> None:

@@ -1,5 +1,10 @@
-"""The ops on real devices: two ranks on two GPUs, and four ranks on the same two."""
+"""The ops on real devices, two ranks on two GPUs and four ranks on the same two: `python -m pytest -m gpu tests/gpu`.
 
+A start of the ranks is slow, so one serves all checks of a module (checks.py, mixtures.py); each check is a test here.
+"""
+
+import ast
+import importlib
 import os
 import pathlib
 import socket
@@ -8,6 +13,7 @@ import traceback
 import pytest
 import torch
 
+FOLDER = pathlib.Path(__file__).parent
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(280),
@@ -18,60 +24,69 @@ pytestmark = [
 ]
 
 
-def _rank(rank, W, port, folder):
-    from tests.gpu import checks
+def names_of(module: str) -> list[str]:
+    """The CHECKS of a module, read and not imported: nothing of it can run without a GPU."""
+    for node in ast.parse((FOLDER / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CHECKS":
+            return [name.id for name in node.value.elts]
+    raise AssertionError(f"{module} has no CHECKS")
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(W))
-    if torch.cuda.device_count() < W:
+
+def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> None:
+    """One rank: every check, and rank 0 writes what came of it."""
+    devices = torch.cuda.device_count()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "TP_OVERLAP_TIMEOUT": "20"}
+    if devices < world_size:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.cuda.set_device(rank % devices)
     import torch.distributed as dist
 
     import tp_overlap_kernels as tpo
 
-    dist.init_process_group("nccl" if torch.cuda.device_count() >= W else "gloo")
-    group = tpo.init(max_M=8192, max_N=8192).group_name
+    dist.init_process_group("nccl" if devices >= world_size else "gloo")
+    checks = importlib.import_module(f"tests.gpu.{module}")
     for check in checks.CHECKS:
         report = ""
         try:
+            tpo.init(max_M=checks.MAX_M, max_N=checks.MAX_N)
             with torch.no_grad():
-                check(rank, W, group)
+                check(rank, world_size)
         except BaseException:
             report = traceback.format_exc()
-        reports = [None] * W
+        reports = [None] * world_size
         dist.all_gather_object(reports, report)
         if rank == 0:
-            failed = "\n".join(f"rank {r}:\n{text}" for r, text in enumerate(reports) if text)
-            (pathlib.Path(folder) / check.__name__).write_text(failed or "ok")
-        if any("GroupFailed" in text or "CUDA error" in text for text in reports):
-            break  # a failed group takes the rest with it
-    torch.cuda.synchronize()
-    os._exit(0)
+            texts = [f"rank {r}:\n{text}" for r, text in enumerate(reports) if text]
+            pathlib.Path(folder, check.__name__).write_text("\n".join(texts) or "ok")
+        if any("CUDA error" in text for text in reports):
+            break
+        if any(reports):
+            tpo.close()  # a group that failed is made anew for the next check
+    os._exit(0)  # the devices may be in a state that no destructor expects
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["W2", "W4_on_two_devices"])
+@pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks on two devices"])
 def reports(request, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp(f"W{request.param}")
-    torch.multiprocessing.spawn(_rank, (request.param, port, str(folder)), nprocs=request.param)
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    """report(module, name): what the check said; "ok" or tracebacks."""
+    served: dict[str, pathlib.Path] = {}
+
+    def report(module: str, name: str) -> str:
+        if module not in served:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            served[module] = tmp_path_factory.mktemp(f"{module}_{request.param}")
+            arguments = (request.param, port, module, str(served[module]))
+            torch.multiprocessing.spawn(serve, arguments, nprocs=request.param)
+        file = served[module] / name
+        return file.read_text() if file.exists() else "not run, since a check before it failed"
+
+    return report
 
 
-NAMES = (
-    "plans_are_right",
-    "sums_are_right",
-    "graphs_replay",
-    "late_ranks",
-    "compiles",
-    "growth_in_capture_is_refused",
-    "failures_are_named",
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_on_devices(reports, name):
-    report = reports.get(name, "not run, since a check before it failed")
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m in ("checks", "mixtures") for name in names_of(m)])
+def test_on_devices(reports, module, name):
+    report = reports(module, name)
     if report != "ok":
         pytest.fail(report, pytrace=False)

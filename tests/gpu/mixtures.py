@@ -1,4 +1,4 @@
-"""What each rank of test_gpu.py does, one function a property; inputs, calls and judgements are those of the CPU tests.
+"""Mixtures of calls: orders, forms, strides, graphs, the host's cost; inputs and judgement are those of the CPU tests.
 
 Nothing synchronises between the calls of one row. Then results are gathered, and every rank raises if one has to.
 """

@@ -20,7 +20,7 @@ from .errors import (
     TpOverlapError,
     UnsupportedTopology,
 )
-from .layers.row_parallel_linear import RowParallelLinear
+from .layers import RowParallelLinear, counters
 from .ops import cpu_backend, force_plan
 from .session import GroupInfo, MemoryReport, bytes_needed, check, close, explain, init, memory_report
 
@@ -42,6 +42,7 @@ __all__ = [
     "bytes_needed",
     "check",
     "close",
+    "counters",
     "cpu_backend",
     "explain",
     "force_plan",

@@ -122,6 +122,8 @@ class TwoShot(SymmetricMemory):
 
 
 class SymmetricReduceScatter(SymmetricMemory):
+    """The op takes and gives one-dimensional tensors: rows are contiguous, so a share of the rows is a share of it."""
+
     ops = (GEMM_REDUCE_SCATTER,)
 
     def prepare(self, case: Case, a: torch.Tensor) -> Call:
@@ -132,7 +134,8 @@ class SymmetricReduceScatter(SymmetricMemory):
         def call(w: torch.Tensor | None) -> torch.Tensor:
             torch.mm(a, weight_of(w).t(), out=partial)
             out = a.new_empty(case.rows_per_rank, case.N)
-            return torch.ops.symm_mem.reduce_scatter_out(partial, group_name, False, out)
+            torch.ops.symm_mem.reduce_scatter_out(partial.view(-1), group_name, False, out.view(-1))
+            return out
 
         return call
 

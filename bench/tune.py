@@ -8,6 +8,7 @@ best plan and its runners-up. The table is written after every case, so that a t
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from rich.markup import escape
 
 from tp_overlap_kernels.dispatch import problem as dispatch_problem
 from tp_overlap_kernels.dispatch import table as dispatch_table
+from tp_overlap_kernels.errors import InvalidInput
 
 from . import report
 from .attempts import Attempt, Dropped, together
@@ -207,7 +209,10 @@ def tune(world: World, options: TuneOptions) -> int:
     meta = describe_run(world, None, "not measured", options.command, options.commit)
     meta = {"device": meta["gpu"] if cuda else "cpu", **meta}
     if options.merge:
-        state.entries = world.from_rank_0(existing(options.table_path) if world.rank == 0 else None)
+        found = world.from_rank_0(existing(options.table_path, meta) if world.rank == 0 else None)
+        if isinstance(found, InvalidInput):
+            raise found
+        state.entries, meta["earlier"] = found
     begun, reached, empty = time.monotonic(), 0, 0
     total = len(options.layers) * len(options.ops) * len(options.grid)
     with progress_bar(state.console) as progress:
@@ -234,9 +239,22 @@ def tune(world: World, options: TuneOptions) -> int:
     return 1 if empty else 0
 
 
-def existing(path: pathlib.Path) -> dict[tuple, dispatch_table.Entry]:
-    """Entries of a table that is there already, by problem."""
+def existing(path: pathlib.Path, meta: dict) -> tuple[dict[tuple, dispatch_table.Entry], list[dict]] | InvalidInput:
+    """For a run that `meta` describes, to go on from a table: its entries by problem, and what described the runs that
+    made them, oldest first. An error, for all ranks to raise, where the table is of another machine."""
     if not path.exists():
-        return {}
-    table = dispatch_table.parse(path.read_text(encoding="utf-8"), str(path))
-    return {(each.op, each.N, each.K, each.dtype, each.M): each for each in table.entries}
+        return {}, []
+    text = path.read_text(encoding="utf-8")
+    try:
+        table = dispatch_table.parse(text, str(path))
+    except InvalidInput as error:
+        return error
+    theirs, ours = (table.device, table.world_size), (meta["device"], meta["world_size"])
+    if theirs != ours:
+        return InvalidInput(
+            f"--merge: {path} was measured on {theirs[0]!r} with {theirs[1]} ranks, but this is {ours[0]!r} with "
+            f"{ours[1]}. Name another file in --out."
+        )
+    described = json.loads(text)["meta"]
+    earlier = described.pop("earlier", [])
+    return {(each.op, each.N, each.K, each.dtype, each.M): each for each in table.entries}, [*earlier, described]

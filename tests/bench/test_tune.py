@@ -1,5 +1,7 @@
 """The tuner: which specs it tries, which it times again, and the table it leaves behind."""
 
+import json
+
 import pytest
 
 from tests.bench.test_run import bench  # noqa: F401 - a fixture
@@ -47,6 +49,7 @@ def test_a_table_is_made_and_completed(bench, tmp_path):  # noqa: F811
     assert code == 0, text
     assert "push" in text and "not a plan of" in text
     first = table.parse(path.read_text(), "first").entries
+    made_by = json.loads(path.read_text())["meta"]["command"]
     assert [entry.M for entry in first] == [1]
     assert {plan.name for plan in first[0].plans} == {"one_shot", "two_shot"}
 
@@ -55,6 +58,12 @@ def test_a_table_is_made_and_completed(bench, tmp_path):  # noqa: F811
     both = table.parse(path.read_text(), "both").entries
     assert [entry.M for entry in both] == [1, 40]
     assert both[0].plans[0].us == first[0].plans[0].us, "what is there is kept and not measured again"
+    meta = json.loads(path.read_text())["meta"]
+    assert [run["command"] for run in meta["earlier"]] == [made_by], "what made the entries that were kept"
+
+    path.write_text(json.dumps({"meta": {**meta, "device": "another GPU"}, "entries": []}))
+    code, text = bench(*arguments, "--m", "1", "--merge")
+    assert code != 0 and "another GPU" in text and "--out" in text
 
 
 def test_no_candidate_that_runs_is_a_failure(bench, tmp_path):  # noqa: F811

@@ -31,6 +31,7 @@ class Setup:
     max_M: int = 256
     max_N: int = 1024
     jitter_s: float = 0.0  # random delays around every signal of the interpreted kernels
+    slow_rank: int | None = None  # the only rank with delays; None: all
 
     def __str__(self) -> str:
         return self.plan or self.backend
@@ -179,7 +180,8 @@ def make_calls(rank: int, world_size: int, setup: Setup, calls: list[Call]) -> l
     prepared = [operands(call, rank) for call in calls]
     barrier()
     results = []
-    with tpo.cpu_backend(setup.backend), tpo.force_plan(setup.plan), jitter(setup.jitter_s), torch.inference_mode():
+    jitter_s = setup.jitter_s if setup.slow_rank in (None, rank) else 0.0
+    with tpo.cpu_backend(setup.backend), tpo.force_plan(setup.plan), jitter(jitter_s), torch.inference_mode():
         for call, tensors in zip(calls, prepared, strict=True):
             if call.late_rank == rank:
                 time.sleep(call.late_s)

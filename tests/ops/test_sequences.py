@@ -59,6 +59,25 @@ def test_every_rank_late_now_and_then(ranks, op, world_size):
         check(ranks, Setup("interp", plan, jitter_s=0.002), calls)
 
 
+STAGING = {  # the plans that write to it
+    "gemm_reduce_scatter": ("push", "unfused_push", "chunked"),
+    "gemm_all_reduce": ("two_shot", "unfused_two_shot", "chunked"),
+    "all_reduce": ("two_shot",),
+}
+WRITERS = [(op, plan, W) for op in STAGING for plan in STAGING[op] for W in (2, 3) if plan != "chunked" or W == 2]
+
+
+@pytest.mark.parametrize("op, plan, world_size", WRITERS)
+def test_staging_is_not_written_while_a_reduce_scatter_reads_it(ranks, op, plan, world_size):
+    """An owner of rows is slow; its peers, whose reduce-scatter is over, must wait for it before they write again."""
+    calls, sizes = [], (1, 40 * 72, 0) if op == "all_reduce" else (40, 72, 24)
+    for reader in ("push", "unfused_push", "push") if world_size > 2 else ("push", "unfused_push", "chunked"):
+        read = Case(40, 72, 24, BF16, world_size, "")
+        calls.append(Call("gemm_reduce_scatter", read, "tagged", len(calls), plan=reader))
+        calls.append(Call(op, Case(*sizes, BF16, world_size, ""), "tagged", len(calls), plan=plan))
+    check(ranks, Setup("interp", jitter_s=0.03, slow_rank=1), calls)
+
+
 # --- results that are kept
 
 SETUPS = [Setup("ref"), Setup("interp", "one_shot;push"), Setup("interp", "two_shot;push")]

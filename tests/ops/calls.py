@@ -22,6 +22,18 @@ from tp_overlap_kernels.memory import arena as arenas
 NAN = float("nan")
 
 
+# The plans of each op that interpreted CPU ranks can run.
+CPU_PLANS = {
+    "gemm_all_reduce": ("one_shot", "two_shot", "chunked", "unfused_one_shot", "unfused_two_shot"),
+    "gemm_reduce_scatter": ("push", "chunked", "unfused_push"),
+    "all_reduce": ("one_shot", "two_shot"),
+}
+
+
+def cpu_plans(op: str, world_size: int) -> list[str]:
+    return [plan for plan in CPU_PLANS[op] if plan != "chunked" or world_size == 2]
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """Where calls are made. plan: for all calls that name none; None leaves it to dispatch."""
@@ -35,6 +47,10 @@ class Setup:
 
     def __str__(self) -> str:
         return self.plan or self.backend
+
+    def has_ranks(self, world_size: int) -> bool:
+        """Whether more than one rank, and as many as the plan takes."""
+        return world_size == 2 if self.plan == "chunked" else world_size > 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.cases import BF16, CASES, FP16, Case, on
-from tests.ops.calls import Call, Setup, in_a_row, in_a_row_with_late_ranks, in_other_strides
+from tests.ops.calls import CPU_PLANS, Call, Setup, in_a_row, in_a_row_with_late_ranks, in_other_strides
 from tests.ops.judge import check
 
 OP = "gemm_all_reduce"
-PLANS = ("one_shot", "two_shot", "chunked", "unfused_one_shot", "unfused_two_shot")
-SETUPS = [Setup("ref"), *(Setup("interp", plan) for plan in PLANS)]
+SETUPS = [Setup("ref"), *(Setup("interp", plan) for plan in CPU_PLANS[OP])]
 RAGGED = Case(33, 72, 72, BF16, 2, "ragged")
-
-
-def runs(setup, world_size):
-    return world_size == 2 if setup.plan == "chunked" else world_size > 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -24,7 +19,9 @@ def test_ref(ranks, case):
 
 
 @pytest.mark.parametrize(
-    "setup, case", [(setup, case) for setup in SETUPS[1:] for case in CASES if runs(setup, case.world_size)], ids=str
+    "setup, case",
+    [(setup, case) for setup in SETUPS[1:] for case in CASES if setup.has_ranks(case.world_size)],
+    ids=str,
 )
 def test_interpreted(ranks, setup, case):
     check(ranks, setup, in_a_row(OP, case))
@@ -60,7 +57,7 @@ def test_nothing_to_sum_is_zero_or_the_bias(ranks, world_size, backend, bias):
     check(ranks, Setup(backend), [*calls, Call(OP, on(RAGGED, world_size), "integer")])
 
 
-@pytest.mark.parametrize("setup, world_size", [(s, w) for s in SETUPS for w in (2, 3) if runs(s, w)], ids=str)
+@pytest.mark.parametrize("setup, world_size", [(s, w) for s in SETUPS for w in (2, 3) if s.has_ranks(w)], ids=str)
 def test_more_rows_than_the_arena_holds(ranks, setup, world_size):
     """Chunks of max_M rows, the last one short; owners are those of each chunk."""
     small = Setup(setup.backend, setup.plan, max_M=40, max_N=80)
@@ -69,7 +66,7 @@ def test_more_rows_than_the_arena_holds(ranks, setup, world_size):
     check(ranks, small, calls, rows_at_once=rows)
 
 
-@pytest.mark.parametrize("setup, world_size", [(s, w) for s in SETUPS for w in (2, 3) if runs(s, w)], ids=str)
+@pytest.mark.parametrize("setup, world_size", [(s, w) for s in SETUPS for w in (2, 3) if s.has_ranks(w)], ids=str)
 def test_a_late_rank_is_waited_for(ranks, setup, world_size):
     check(ranks, setup, in_a_row_with_late_ranks(OP, Case(40, 40, 24, BF16, world_size, "late")))
 

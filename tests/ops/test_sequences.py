@@ -11,22 +11,16 @@ import torch
 import tp_overlap_kernels as tpo
 from tests.cases import BF16, FP16, Case, on
 from tests.ops import calls as rank_side
-from tests.ops.calls import Call, Setup
+from tests.ops.calls import CPU_PLANS, Call, Setup, cpu_plans
 from tests.ops.judge import check
-
-PLANS = {
-    "gemm_all_reduce": ("one_shot", "two_shot", "chunked", "unfused_one_shot", "unfused_two_shot"),
-    "gemm_reduce_scatter": ("push", "chunked", "unfused_push"),
-    "all_reduce": ("one_shot", "two_shot"),
-}
 
 
 def mixture(world_size, seed, count):
     """Small calls; every plan follows every other one sooner or later, some ranks own no row, some calls are empty."""
     choose, calls = random.Random(seed), []
     for number in range(count):
-        op = choose.choice(list(PLANS))
-        plan = choose.choice([plan for plan in PLANS[op] if plan != "chunked" or world_size == 2])
+        op = choose.choice(list(CPU_PLANS))
+        plan = choose.choice(cpu_plans(op, world_size))
         M, N, K = choose.choice([0, 1, 2, 3, 5, 8, 33, 70]), choose.choice([8, 24, 41, 72]), choose.choice([8, 24, 35])
         sizes = (1, N * 40, 0) if op == "all_reduce" else (M, N, K)
         case = Case(*sizes, choose.choice([BF16, FP16]), world_size, "mixed")
@@ -46,7 +40,7 @@ def test_any_op_after_any_other(ranks, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("op", list(PLANS))
+@pytest.mark.parametrize("op", list(CPU_PLANS))
 def test_every_rank_late_now_and_then(ranks, op, world_size):
     """A rank may be a call ahead of another, and the next time behind it: no data may be of another call."""
     calls = []
@@ -59,19 +53,20 @@ def test_every_rank_late_now_and_then(ranks, op, world_size):
         check(ranks, Setup("interp", plan, jitter_s=0.002), calls)
 
 
-STAGING = {  # the plans that write to it
-    "gemm_reduce_scatter": ("push", "unfused_push", "chunked"),
-    "gemm_all_reduce": ("two_shot", "unfused_two_shot", "chunked"),
-    "all_reduce": ("two_shot",),
-}
-WRITERS = [(op, plan, W) for op in STAGING for plan in STAGING[op] for W in (2, 3) if plan != "chunked" or W == 2]
+WRITERS = [  # of staging
+    (op, plan, world_size)
+    for world_size in (2, 3)
+    for op in CPU_PLANS
+    for plan in cpu_plans(op, world_size)
+    if plan not in ("one_shot", "unfused_one_shot")
+]
 
 
 @pytest.mark.parametrize("op, plan, world_size", WRITERS)
 def test_staging_is_not_written_while_a_reduce_scatter_reads_it(ranks, op, plan, world_size):
     """An owner of rows is slow; its peers, whose reduce-scatter is over, must wait for it before they write again."""
     calls, sizes = [], (1, 40 * 72, 0) if op == "all_reduce" else (40, 72, 24)
-    for reader in ("push", "unfused_push", "push") if world_size > 2 else ("push", "unfused_push", "chunked"):
+    for reader in ("push", "unfused_push", "chunked" if world_size == 2 else "push"):
         read = Case(40, 72, 24, BF16, world_size, "")
         calls.append(Call("gemm_reduce_scatter", read, "tagged", len(calls), plan=reader))
         calls.append(Call(op, Case(*sizes, BF16, world_size, ""), "tagged", len(calls), plan=plan))
@@ -111,7 +106,7 @@ def keep_results(rank, world_size, setup, call):
         for x in tensors:
             x.fill_(7)
         for case in (call.case, Case(1, 24, 8, BF16, world_size, ""), Case(96, 72, 24, BF16, world_size, "")):
-            for op in PLANS:
+            for op in CPU_PLANS:
                 other = Call(op, case, "integer", 9)
                 rank_side.invoke(other, rank_side.operands(other, rank), rank).fill_(-3)
         again = rank_side.invoke(call, saved, rank)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.distributed as dist
 
 import tp_overlap_kernels as tpo
+from tests import epochs
 from tests.cases import BF16, FP16, Case
 from tests.gpu.checks import bits_agree
-from tests.gpu.mixtures import plans_for
+from tests.gpu.mixtures import call_and_judge, mixture, plans_for
 from tests.ops.calls import Call, group_name
 from tests.values import PATTERNS, arrangements, assert_sum, in_order, shuffled_patterns
+from tp_overlap_kernels.lang.signal import LAST_EPOCH
 
 MAX_M, MAX_N = 64, PATTERNS
 OPS = torch.ops.tp_overlap
@@ -84,4 +87,27 @@ def ranks_are_added_in_the_order_that_is_stated(rank: int, world_size: int) -> N
                 assert_sum(values, in_order([by_rank[source] for source in order]), f"{op} {plan} row {row}")
 
 
-CHECKS = (every_bit_pattern_is_summed, every_bit_pattern_is_a_weight, ranks_are_added_in_the_order_that_is_stated)
+def epochs_pass_their_limits(rank: int, world_size: int) -> None:
+    """2^31, 2^32, and up to the last."""
+    for seed, start in enumerate((*epochs.STARTS.values(), LAST_EPOCH - 5000)):
+        tpo.close()
+        tpo.init(max_M=MAX_M, max_N=MAX_N)
+        epochs.start_at(start, _meet)
+        for part in range(2):
+            call_and_judge(rank, world_size, mixture(world_size, 100 + 2 * seed + part, 40))
+        assert epochs.epoch() > start + 10
+    tpo.close()
+    tpo.init(max_M=MAX_M, max_N=MAX_N)
+
+
+def _meet() -> None:
+    torch.cuda.synchronize()
+    dist.barrier()
+
+
+CHECKS = (
+    every_bit_pattern_is_summed,
+    every_bit_pattern_is_a_weight,
+    ranks_are_added_in_the_order_that_is_stated,
+    epochs_pass_their_limits,
+)

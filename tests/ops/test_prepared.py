@@ -18,6 +18,7 @@ from tp_overlap_kernels.ops import all_reduce, checks, cublas, gemm_all_reduce, 
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
 M, N, K = 24, 96, 64
 GEMMS = [(gemm_all_reduce, "one_shot"), (gemm_all_reduce, "two_shot"), (gemm_reduce_scatter, "push")]
+GEMMS += [(gemm_reduce_scatter, "one_shot")]
 SUMS = [(all_reduce, "one_shot"), (all_reduce, "two_shot"), (all_reduce, "sentinel")]
 IDS = [f"{module.OP}-{plan}" for module, plan in GEMMS]
 

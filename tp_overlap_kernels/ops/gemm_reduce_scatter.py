@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..dispatch import Plan
-from ..lang.launch import Issued
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
 from . import cublas, reference
@@ -139,6 +138,8 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
 
     if plan.name == "push":
         return launches.gemm_reduce_scatter(arena, plan, a, b, bias, out, word)
+    if plan.name == "one_shot":
+        return launches.gemm_reduce_scatter_one_shot(arena, plan, a, b, bias, out, word)
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)
     else:
@@ -153,7 +154,7 @@ class _IssuedUnfused(NamedTuple):
     """A product of cuBLAS and one launch that sums its rows."""
 
     product: cublas.Product
-    summed: Issued
+    summed: Any  # lang.launch.Issued
     partial: Tensor
 
     def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Callable[..., bool] | None:

@@ -82,9 +82,24 @@ def recall(group_name: str, key: tuple, *inputs: Tensor | None) -> Prepared | No
     return call
 
 
-def remember(arena: Arena, key: tuple, call: Prepared | None) -> None:
+def remember(arena: Arena, key: tuple, call: Any) -> None:
     """Keep a call that ran."""
     if call is not None:
         if len(arena.prepared) >= MAX_CALLS:
             arena.prepared.clear()
         arena.prepared[key] = call
+
+
+def issue_again(arena: Arena, key: tuple, addresses: dict[str, int], issue: Callable[[], Any]) -> None:
+    """A launch within a call of more than that: the short way if one of this key has been made, else `issue`.
+
+    key: everything but addresses that the launch depends on, the call hash too. addresses: of its tensors,
+    by the kernel's names. issue: makes it the ordinary way and returns what was issued, if it was one launch.
+    """
+    again = arena.prepared.get(key)
+    aligned = not any(address & 15 for address in addresses.values())
+    if again is not None and aligned and again(*addresses.values()):
+        return
+    issued = issue()
+    if again is None and issued is not None:
+        remember(arena, key, issued.again(**addresses))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import pathlib
 import time
@@ -108,9 +107,6 @@ class Run:
         rows = {name: Row.of(case, mode, label(name)) for name in self.names(case.op)}
         turns: dict[str, Turn] = {}
         attempts: dict[str, Attempt] = {}
-        for name in rows:  # all before the first capture: torch_providers.py says why
-            with contextlib.suppress(Dropped):
-                self.provider(name)
         for name, row in rows.items():
             try:
                 provider = self.provider(name)

@@ -2,11 +2,6 @@
 
 Where a collective needs its input in registered or symmetric memory, the product is written there directly, and the
 result stays there: no way is charged for a copy that its user could avoid.
-
-All such memory is taken when a provider is made, before the first graph is captured. NCCL 2.28 maps what a captured
-collective reads and writes into its peers, and unmaps it some time after the graph is gone, when the allocator may have
-given it back. Symmetric memory that is taken in between can lose its mapping: torch's own kernels then died of an
-illegal access to a signal pad (W=2, H200, torch 2.11: a captured reduce-scatter, `empty_cache`, a new buffer).
 """
 
 from __future__ import annotations
@@ -71,12 +66,9 @@ class Nccl(Unfused):
 class NcclSymmetric(Nccl):
     """NCCL on memory registered with it as a symmetric window on all ranks, which its one-hop kernels need."""
 
-    def __init__(self, name: str, session: Session) -> None:
-        super().__init__(name, session)
-        _, self.memory = session.once("NCCL window", self._register)
-
     def flat(self, elems: int) -> torch.Tensor:
-        return self.memory[:elems]
+        _, memory = self.session.once("NCCL window", self._register)
+        return memory[:elems]
 
     def _register(self) -> tuple[Any, torch.Tensor]:
         group: Any = dist.group.WORLD
@@ -92,12 +84,8 @@ class NcclSymmetric(Nccl):
 class SymmetricMemory(Unfused):
     """torch.ops.symm_mem: the product is written into torch's symmetric memory, one buffer for the whole run."""
 
-    def __init__(self, name: str, session: Session) -> None:
-        super().__init__(name, session)
-        self.memory = session.once("symmetric buffer", self._allocate)
-
     def buffer(self, rows: int, N: int) -> torch.Tensor:
-        return self.memory[: rows * N].view(rows, N)
+        return self.session.once("symmetric buffer", self._allocate)[: rows * N].view(rows, N)
 
     def _allocate(self) -> torch.Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
@@ -157,14 +145,9 @@ class TorchFusedReduceScatter(Unfused):
 
     ops = (GEMM_REDUCE_SCATTER,)
 
-    def __init__(self, name: str, session: Session) -> None:
-        super().__init__(name, session)
-        import torch.distributed._symmetric_memory as symmetric_memory  # defines the op
-
-        nbytes = session.max_elems * session.dtype.itemsize
-        symmetric_memory.get_symm_mem_workspace(self.world.group_name, min_size=nbytes)
-
     def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        import torch.distributed._symmetric_memory  # defines the op
+
         self.decline_unless(case.M % case.world_size == 0, f"M={case.M} does not divide over {case.world_size} ranks")
         group_name = self.world.group_name
         return lambda w: torch.ops.symm_mem.fused_matmul_reduce_scatter(a, weight_of(w).t(), "sum", 0, group_name)

@@ -3,6 +3,8 @@
 The fused plans run on CPU tensors up to the C launcher (tests/fake_driver.py), which keeps what it was given.
 """
 
+import functools
+
 import pytest
 import torch
 import triton
@@ -18,6 +20,7 @@ from tp_overlap_kernels.ops import all_reduce, checks, gemm_all_reduce, gemm_red
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
 M, N, K = 24, 96, 64
 GEMMS = [(gemm_all_reduce, "one_shot"), (gemm_all_reduce, "two_shot"), (gemm_reduce_scatter, "push")]
+GEMMS += [(gemm_reduce_scatter, "one_shot")]
 SUMS = [(all_reduce, "one_shot"), (all_reduce, "two_shot"), (all_reduce, "sentinel")]
 IDS = [f"{module.OP}-{plan}" for module, plan in GEMMS]
 
@@ -63,7 +66,8 @@ class _Fused:
         return self.made[-1]
 
     def plan(self, module, name):
-        plan = Plan.parse(f"{name}:{PARAMS}") if module is not all_reduce else Plan(name)
+        tiled = module is not all_reduce and not name.startswith("unfused")
+        plan = Plan.parse(f"{name}:{PARAMS}") if tiled else Plan(name)
 
         def planned(*args):
             self.planned += 1
@@ -174,6 +178,49 @@ def test_a_known_all_reduce_of_strided_input_reads_a_copy(fused):
     for _ in range(2):
         torch.ops.tp_overlap.all_reduce(x, "local")
         assert fused.sentinel.calls[-1][0] != x.data_ptr()
+
+
+UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_two_shot")]
+UNFUSED += [(gemm_all_reduce, "unfused_sentinel"), (gemm_reduce_scatter, "unfused_push")]
+UNFUSED_IDS = [plan for _, plan in UNFUSED]
+
+
+@pytest.mark.parametrize(("module", "plan"), UNFUSED[:2] + UNFUSED[3:], ids=UNFUSED_IDS[:2] + UNFUSED_IDS[3:])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_the_launch_behind_a_product_is_had_again(fused, monkeypatch, module, plan, with_bias):
+    fused.plan(module, plan)
+    ordinary = []
+    for function in (launches.all_reduce_one_shot, launches.all_reduce_two_shot, launches.reduce_scatter):
+        monkeypatch.setattr(launches, function.__name__, functools.partial(_counted, function, ordinary))
+    kept = []  # so that every call has addresses of its own
+    for _ in range(3):
+        inputs = (*_inputs(), "local", torch.zeros(N, dtype=torch.bfloat16) if with_bias else None)
+        kept.append((inputs, getattr(torch.ops.tp_overlap, module.OP)(*inputs)))
+    assert len(ordinary) == 1 and len(fused.calls) == 3
+    inputs, out = kept[-1]
+    fused.arena.prepared.clear()
+    getattr(torch.ops.tp_overlap, module.OP + "_out")(*inputs[:3], out, inputs[3])
+    assert len(ordinary) == 2
+    assert fused.calls[-1][1:] == fused.calls[-2][1:]  # the first is what cuBLAS wrote; for a scatter that is elsewhere
+    if module is gemm_all_reduce:
+        assert fused.calls[-1][0] == fused.calls[-2][0] == out.data_ptr()
+
+
+def _counted(function, calls, *args):
+    calls.append(function)
+    return function(*args)
+
+
+@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=UNFUSED_IDS)
+def test_another_call_hash_is_another_launch(fused, monkeypatch, module, plan):
+    fused.plan(module, plan)
+    op = getattr(torch.ops.tp_overlap, module.OP)
+    op(*_inputs(), "local")
+    monkeypatch.setattr(module, "plan_for", lambda *args: (Plan(plan), 8))
+    fused.arena.prepared = {key: kept for key, kept in fused.arena.prepared.items() if key[0] != module.OP}
+    op(*_inputs(), "local")
+    values = fused.sentinel.calls[-1] if plan == "unfused_sentinel" else fused.calls[-1]
+    assert 8 in values and 7 not in values
 
 
 def _warm(op="gemm_all_reduce", **kinds):

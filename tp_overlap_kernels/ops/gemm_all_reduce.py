@@ -12,7 +12,7 @@ from .all_reduce import sum_into
 from .checks import check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
-from .prepared import Prepared, key_of, recall, remember
+from .prepared import Behind, Prepared, key_of, recall, remember
 
 OP = "gemm_all_reduce"
 
@@ -68,21 +68,17 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         return None
     plan, word = plan_for(arena, OP, out.numel() // N, N, K, a.dtype, bias is not None)
     call = Prepared(partial(_issue, arena, plan, word), out)
-    issued = call.issue(a, b, bias, out)
-    if issued is not None:
-        bias_ptr = (out if bias is None else bias).data_ptr()
-        call.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=bias_ptr, out_ptr=out.data_ptr())
+    call.learn(call.issue(a, b, bias, out), a, b, bias, out)
     return call
 
 
 def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor):
-    """The plan on these tensors. Returns what was issued, if it was one launch."""
+    """The plan on these tensors. Returns what was issued, if it can be had again with less work."""
     if a.dim() != 2:
         a, out = a.reshape(-1, b.shape[1]), out.view(-1, b.shape[0])
     bias = bias.contiguous() if bias is not None else None  # the kernels index it by column
     if plan.name in ("local", "ref") or plan.name.startswith("unfused_"):
-        _unfused(arena, plan, a, b, bias, out, word)
-        issued = None
+        issued = _unfused(arena, plan, a, b, bias, out, word)
     else:
         issued = _fused(arena, plan, a, b, bias, out, word)
     settle(arena)
@@ -108,16 +104,29 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
     return None
 
 
-def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:
-    """cuBLAS, then an all-reduce. The bias enters rank 0's product, in f32, so that it is added once."""
-    if bias is not None and arena.rank == 0:
-        torch.addmm(bias, a, b.t(), out=out)
-    else:
-        torch.mm(a, b.t(), out=out)
+def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+    """cuBLAS, then an all-reduce."""
+    product = _product_of_rank_0 if bias is not None and arena.rank == 0 else _product
+    flat = product(a, b, bias, out).view(-1)
     if plan.name == "ref":
-        reference.all_reduce(arena, out.view(-1), out.view(-1), word, OP)
+        reference.all_reduce(arena, flat, flat, word, OP)
     elif plan.name != "local":
-        sum_into(arena, Plan(plan.name.removeprefix("unfused_")), out.view(-1), out.view(-1), word)
+        issued = sum_into(arena, Plan(plan.name.removeprefix("unfused_")), flat, flat, word)
+        return issued and Behind(product, issued, out, takes_bias=False)
+    return None
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if a.dim() != 2:
+        torch.mm(a.reshape(-1, b.shape[1]), b.t(), out=out.view(-1, b.shape[0]))
+        return out
+    return torch.mm(a, b.t(), out=out)
+
+
+def _product_of_rank_0(a: Tensor, b: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """The bias enters one rank's product, in f32, so that it is added once."""
+    torch.addmm(bias, a.reshape(-1, b.shape[1]), b.t(), out=out.view(-1, b.shape[0]))
+    return out
 
 
 def _fake(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from . import reference
 from .checks import check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
-from .prepared import Prepared, key_of, recall, remember
+from .prepared import Behind, Prepared, key_of, recall, remember
 
 OP = "gemm_reduce_scatter"
 
@@ -84,15 +84,12 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         return None
     plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
     call = Prepared(partial(_issue, arena, plan, word), out)
-    issued = call.issue(a, b, bias, out)
-    if issued is not None:
-        bias_ptr = (out if bias is None else bias).data_ptr()
-        call.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=bias_ptr, out_ptr=out.data_ptr())
+    call.learn(call.issue(a, b, bias, out), a, b, bias, out)
     return call
 
 
 def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor):
-    """The plan on these tensors. Returns what was issued, if it was one launch of the fused kernel."""
+    """The plan on these tensors. Returns what was issued, if it can be had again with less work."""
     issued = None
     if a.dim() != 2:
         a = a.reshape(_rows(a), b.shape[1])
@@ -136,11 +133,19 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
 
     if plan.name == "push":
         return launches.gemm_reduce_scatter(arena, plan, a, b, bias, out, word)
+    if plan.name == "one_shot":
+        return launches.gemm_reduce_scatter_one_shot(arena, plan, a, b, bias, out, word)
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)
     else:
-        launches.reduce_scatter(arena, torch.mm(a, b.t()), bias, out, word)
+        partial = _product(a, b, bias, out)
+        return Behind(_product, launches.reduce_scatter(arena, partial, bias, out, word), partial, takes_bias=True)
     return None
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """This rank's partial, fresh: a graph gets one of its own."""
+    return torch.mm(a if a.dim() == 2 else a.reshape(-1, b.shape[1]), b.t())
 
 
 def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:

@@ -131,9 +131,10 @@ def _check_exact(call: Call, out: torch.Tensor, wanted: Truth, what: str) -> Non
     try:
         tolerance.check_bits(out, wanted, what)
     except AssertionError as error:
-        if call.kind == "tagged" and not call.bias:
-            row, col = ((out.double() - wanted.ref) != 0).nonzero()[0].tolist()
-            sign = 1.0 if wanted.ref[row, col] > 0 else -1.0
-            reading = inputs.read_tags(sign * out[row, col].item(), call.case.world_size)
+        if call.kind == "tagged":
+            row, col = (~((out.double() - wanted.ref) == 0)).nonzero()[0].tolist()
+            bias = inputs.bias(call.case, call.number)[col].item() if call.bias else 0.0
+            sign = 1.0 if wanted.ref[row, col].item() > bias else -1.0
+            reading = inputs.read_tags(sign * (out[row, col].item() - bias), call.case.world_size, call.case.dtype)
             raise AssertionError(f"{error}\nat [{row}, {col}]: {reading}") from None
         raise

@@ -34,7 +34,7 @@ def test_with_the_reference(ranks, world_size):
 def all_cases(rank, world_size, backend):
     rank_side.prepare_arena(Setup(max_M=512, max_N=1024))
     with tpo.cpu_backend(backend), torch.inference_mode():
-        for peer in GEMMS + SUMS:
+        for peer in GEMMS + (SUMS if world_size == 2 or backend == "ref" else SUMS[::4]):
             M, N, K = peer.sizes
             original = backend == "ref" and M * N * max(K, 1) <= LARGEST_FOR_A_CPU and N <= 1024
             case = peer.on(world_size, original)

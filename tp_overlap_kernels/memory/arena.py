@@ -150,7 +150,18 @@ class Arena:
 
 
 _arenas: dict[str, Arena] = {}
+_inherited: list[Arena] = []  # of the parent process: neither used nor freed here, since they are in use there
 _lock = threading.Lock()
+
+
+def _forget_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _inherited.extend(_arenas.values())
+    _arenas.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def get(group_name: str, op: str = "tp_overlap") -> Arena:
@@ -158,8 +169,9 @@ def get(group_name: str, op: str = "tp_overlap") -> Arena:
     arena = _arenas.get(group_name)
     if arena is None:
         known = ", ".join(repr(name) for name in _arenas) or "none"
+        fork = " A forked process does not inherit its parent's." if _inherited else ""
         raise NotInitialised(
-            f"{op}: group {group_name!r} has no arena (initialised: {known}). "
+            f"{op}: group {group_name!r} has no arena (initialised: {known}).{fork} "
             "Call tp_overlap_kernels.init(group, max_M=..., max_N=...) on every rank of it first."
         )
     return arena

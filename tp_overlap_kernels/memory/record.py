@@ -11,7 +11,7 @@ has closed the group, so a wait for it will not be met, unless what it sent befo
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -130,10 +130,14 @@ def _rank_of(notice: "Notice") -> int:
 
 
 class Record:
-    """The words and their reader. One a group; `words.data_ptr()` is what the device writes to."""
+    """The words and their reader. One a group; `words.data_ptr()` is what the device writes to.
+
+    calls: op by call hash. A kernel may serve more than one op, and knows itself alone.
+    """
 
     def __init__(self, device: torch.device):
         self.words = torch.zeros(WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.calls: dict[int, str] = {}
         self._view = self.words.numpy()
         self._words = memoryview(self._view)  # the same bytes, read as Python ints: half the time of numpy's scalars
 
@@ -159,7 +163,8 @@ class Record:
         """The failed wait, or None while nothing complete is written."""
         if self._view[1] != 2:
             return None
-        return FailedWait.of_words(self._view[2:9])
+        wait = FailedWait.of_words(self._view[2:9])
+        return wait and replace(wait, op=self.calls.get(wait.wanted & 0xFFFF, wait.op))
 
     def write(self, wait: FailedWait) -> None:
         """For a waiter on the host (the ref backend)."""

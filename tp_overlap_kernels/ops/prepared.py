@@ -15,6 +15,7 @@ from torch import Tensor, is_grad_enabled
 
 from ..memory import arena as arenas
 from ..memory.arena import Arena
+from ..memory.turn import Turn
 from .execute import choices
 
 MAX_CALLS = 1024  # an arena remembers; a prepared call takes about 2 KB
@@ -23,33 +24,35 @@ MAX_CALLS = 1024  # an arena remembers; a prepared call takes about 2 KB
 class Prepared:
     """A known call. issue: the ordinary way to run it, checks and planning done; again: the short one, if there is any.
 
-    shape, strides: of the output that the functional op returns.
+    turn: of the group, in which it is issued. shape, strides: of the output that the functional op returns.
     """
 
-    __slots__ = ("again", "any_address", "issue", "shape", "strides")
+    __slots__ = ("again", "any_address", "issue", "shape", "strides", "turn")
 
-    def __init__(self, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
-        self.issue = issue
+    def __init__(self, turn: Turn, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
+        self.turn, self.issue = turn, issue
         self.shape, self.strides = tuple(out.shape), out.stride()
         self.again: Callable[..., bool] | None = None
         self.any_address = any_address  # whether `again` takes addresses that are no multiples of 16
 
     def gemm(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Run a GEMM op."""
-        if self.again is not None:
-            out_ptr = out.data_ptr()
-            a_ptr, b_ptr, bias_ptr = a.data_ptr(), b.data_ptr(), out_ptr if bias is None else bias.data_ptr()
-            if not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and self.again(a_ptr, b_ptr, bias_ptr, out_ptr):
-                return
-        self.issue(a, b, bias, out)
+        with self.turn:
+            if self.again is not None:
+                out_ptr = out.data_ptr()
+                a_ptr, b_ptr, bias_ptr = a.data_ptr(), b.data_ptr(), out_ptr if bias is None else bias.data_ptr()
+                if not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and self.again(a_ptr, b_ptr, bias_ptr, out_ptr):
+                    return
+            self.issue(a, b, bias, out)
 
     def sum(self, x: Tensor, out: Tensor) -> None:
         """Run an all-reduce."""
-        if self.again is not None:
-            x_ptr, out_ptr = x.data_ptr(), out.data_ptr()
-            if (self.any_address or not (x_ptr | out_ptr) & 15) and self.again(x_ptr, out_ptr):
-                return
-        self.issue(x, out)
+        with self.turn:
+            if self.again is not None:
+                x_ptr, out_ptr = x.data_ptr(), out.data_ptr()
+                if (self.any_address or not (x_ptr | out_ptr) & 15) and self.again(x_ptr, out_ptr):
+                    return
+            self.issue(x, out)
 
 
 def key_of(op: str, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> tuple:

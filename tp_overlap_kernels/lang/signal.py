@@ -136,9 +136,10 @@ def spoil(out_ptr, n, failed, DTYPE: tl.constexpr):
 @triton.jit
 def fill_nan(out_ptr, n, DTYPE: tl.constexpr):
     """n elements, by this CTA alone."""
-    for start in tl.range(tl.full((), 0, tl.int64), tl.full((), 0, tl.int64) + n, 1024):
-        index = start + tl.arange(0, 1024)
-        tl.store(out_ptr + index, tl.full((1024,), float("nan"), tl.float32).to(DTYPE), mask=index < n)
+    BLOCK: tl.constexpr = 4096  # 16 bytes a thread at least, with 16 warps too
+    for start in tl.range(tl.full((), 0, tl.int64), tl.full((), 0, tl.int64) + n, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + index, tl.full((BLOCK,), float("nan"), tl.float32).to(DTYPE), mask=index < n)
 
 
 @triton.jit

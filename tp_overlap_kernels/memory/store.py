@@ -11,6 +11,7 @@ A store gives `buffer` (uint8 tensor: our own arena), `bases` (address of every 
 by a crash.
 """
 
+import errno
 import mmap
 import os
 from collections.abc import Mapping
@@ -110,16 +111,18 @@ class SharedMemoryStore:
         try:
             opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as reason:
+            fix = "The ranks must run on one host, in one PID namespace and as one user."
+            if reason.errno in (errno.EMFILE, errno.ENFILE):
+                fix = "Raise the limit on descriptors (ulimit -n)."
             raise UnsupportedTopology(
-                f"init: cannot open the shared memory of rank {rank} ({path}): {reason.strerror}. "
-                "The ranks must run on one host, in one PID namespace and as one user."
+                f"init: cannot open the shared memory of rank {rank} ({path}): {reason.strerror}. {fix}"
             ) from reason
         try:
             return mmap.mmap(opened, nbytes)
         except OSError as reason:
             raise UnsupportedTopology(
                 f"init: cannot map {nbytes} bytes of rank {rank}: {reason.strerror}. "
-                "Look at the limits of this process (ulimit -v), or ask for less max_M."
+                "Look at the limits of this process (ulimit -n, -v), or ask for less max_M."
             ) from reason
         finally:
             os.close(opened)

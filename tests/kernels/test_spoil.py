@@ -21,13 +21,20 @@ W, EPOCH, HASH = 2, 1, 4321
 WORD = EPOCH << 16 | HASH
 M, N, K, BLOCK_M = 64, 32, 16, 16
 PLAN = f"block_m={BLOCK_M},block_n=32,block_k=16,num_stages=2,num_warps=4,group_m=8"
-CPU = torch.device("cpu")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a CUDA device of compute capability 9.0")],
+    ),
+]
 
 
-def arena():
-    """As much of an arena as launchers look at, on real memory; rank 0 runs one program."""
-    room = layout(256, 64, 2, W)
-    buffers = [torch.zeros(room.total_bytes, dtype=torch.uint8) for _ in range(W)]
+def arena(device="cpu"):
+    """As much of an arena as launchers look at, on real memory; rank 0 runs two programs, so that one may be over."""
+    room, device = layout(256, 64, 2, W), torch.device(device)
+    buffers = [torch.zeros(room.total_bytes, dtype=torch.uint8, device=device) for _ in range(W)]
     bases = [buffer.data_ptr() for buffer in buffers]
     control = torch.zeros(64, dtype=torch.int64)
     control[8], control[9] = bases[0] + room.header, 8 * W
@@ -36,11 +43,11 @@ def arena():
         buffers=buffers,
         world_size=W,
         rank=0,
-        device=CPU,
-        heap=torch.tensor(bases),
-        control=control,
-        record=Record(CPU),
-        programs=1,
+        device=device,
+        heap=torch.tensor(bases, device=device),
+        control=control.to(device),
+        record=Record(device),
+        programs=2,
         timeout_s=0.05,
         timeout_ns=50_000_000,
         cache={},
@@ -52,10 +59,13 @@ def slots(room, offset, count):
     return room.buffers[0][offset : offset + 8 * count].view(torch.int64)
 
 
+def zeros(room, *shape):
+    return torch.zeros(shape, dtype=torch.bfloat16, device=room.device)
+
+
 def gemm(launch, plan, rows):
     def run(room):
-        out = torch.zeros(rows, N, dtype=torch.bfloat16)
-        a, b = torch.ones(M, K, dtype=torch.bfloat16), torch.ones(N, K, dtype=torch.bfloat16)
+        out, a, b = zeros(room, rows, N), zeros(room, M, K), zeros(room, N, K)
         launch(room, Plan.parse(f"{plan}:{PLAN}"), a, b, None, out, HASH)
         return out
 
@@ -64,7 +74,7 @@ def gemm(launch, plan, rows):
 
 def a_sum(launch, plan):
     def run(room):
-        out = torch.zeros(4 * 1024, dtype=torch.bfloat16)
+        out = zeros(room, 4 * 1024)
         launch(room, Plan(plan), torch.ones_like(out), out, HASH)
         return out
 
@@ -72,13 +82,13 @@ def a_sum(launch, plan):
 
 
 def rows_of_a_sum(room):
-    out = torch.zeros(M // W, N, dtype=torch.bfloat16)
-    launches.reduce_scatter(room, torch.ones(M, N, dtype=torch.bfloat16), None, out, HASH)
+    out = zeros(room, M // W * 4, N * 2)
+    launches.reduce_scatter(room, zeros(room, M * 4, N * 2), None, out, HASH)
     return out
 
 
 TILES, OWN_TILES = M // BLOCK_M, M // BLOCK_M // W
-# what runs, and the slot that is missing: pad, index
+# what runs, and the slot that is missing: pad, index; kernels that copy make two blocks of what they get
 KERNELS = {
     "gemm_all_reduce_one_shot": (
         gemm(launches.gemm_all_reduce_one_shot, "one_shot", M),
@@ -98,21 +108,22 @@ KERNELS = {
     ),
     "all_reduce_one_shot": (
         a_sum(launches.all_reduce_one_shot, "one_shot"),
-        lambda room: (room.one_shot_flags + 8 * room.one_shot_tiles * W * (EPOCH & 1), 1),
+        lambda room: (room.one_shot_flags + 8 * room.one_shot_tiles * W * (EPOCH & 1), 3),
     ),
     "all_reduce_two_shot": (
         a_sum(launches.all_reduce_two_shot, "two_shot"),
-        lambda room: (room.result_flags, 1),
+        lambda room: (room.result_flags, 3),
     ),
-    "reduce_scatter": (rows_of_a_sum, lambda room: (room.partial_flags, 1)),
+    "reduce_scatter": (rows_of_a_sum, lambda room: (room.partial_flags, 3)),
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_no_sum_is_left_where_the_last_wait_fails(name):
+def test_no_sum_is_left_where_the_last_wait_fails(name, device):
     run, missing = KERNELS[name]
     for fails in (False, True):
-        room = arena()
+        room = arena(device)
         at = room.layout
         for pad, count in (
             (at.one_shot_flags, 2 * at.one_shot_tiles * W),
@@ -123,24 +134,28 @@ def test_no_sum_is_left_where_the_last_wait_fails(name):
         if fails:
             pad, index = missing(at)
             slots(room, pad, index + 1)[index] = 0
-        out = run(room)
+        out = run(room).cpu()
         assert (room.record.read() is not None) == fails
         assert not out.isnan().any() if not fails else out.isnan().all(), f"{out.isnan().sum()} of {out.numel()}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("failed", [0, 1])
 @pytest.mark.parametrize("n", [1, 4096, 10001])
-def test_after_pieces(n, failed):
+def test_after_pieces(n, failed, device):
     """The kernel of `launches.spoil`, which runs on devices alone."""
-    room, out = arena(), torch.zeros(n + 5, dtype=torch.bfloat16)
+    room = arena(device)
+    out = zeros(room, n + 5)
     room.control[4] = failed
-    launch = Launch(launches.stream_signals.spoil_call, {"DTYPE": launches._triton_dtype(out), "num_warps": 4}, True)
+    meta = {"DTYPE": launches._triton_dtype(out), "num_warps": 4}
+    launch = Launch(launches.stream_signals.spoil_call, meta, device == "cpu")
     launch(1, out, room.control, n)
     assert out[:n].isnan().all() == bool(failed) and not out[n:].isnan().any()
 
 
 def test_the_end_of_a_chunked_call():
-    room, out = arena(), torch.zeros(5000, dtype=torch.bfloat16)
+    room = arena()
+    out = zeros(room, 5000)
     room.control[4] = 1
     _Call(room, "gemm_all_reduce", HASH).end(out)
     assert out.isnan().all()

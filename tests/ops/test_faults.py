@@ -120,6 +120,10 @@ def _with_ranks_that_leave() -> list[Fault]:
     ]
     limit_s = LATER_S + DEATH_S
     rows += [
+        Fault(f"one of three {setup}", "closes", "PeerClosed", limit_s, call_of(AR, 3), setup)
+        for setup in (REF, TWO_SHOT)
+    ]
+    rows += [
         Fault(f"{step} the call {setup}", "SIGKILL", "PeerDied", limit_s, A_CALL, setup, step=step)
         for step in ("in", "before")
         for setup in (REF, UNFUSED, TWO_SHOT)

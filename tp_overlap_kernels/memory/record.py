@@ -10,7 +10,7 @@ The host writes the abort word, and every wait that lasts looks at it. Bit 0: al
 has closed the group, so a wait for it will not be met, unless what it sent before has arrived.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ class FailedWait:
         timeout_s: float,
         dead: Mapping[int, int],
         told: "Mapping[int, Notice] | None" = None,
-        closed: Iterable[int] = (),
+        closed: Collection[int] = (),
         absent: Iterable[int] = (),
     ) -> GroupFailed:
         """The exception that says what happened.
@@ -91,12 +91,11 @@ class FailedWait:
                 f"Is that rank late, gone, or in another call? "
                 f"TP_OVERLAP_TIMEOUT sets the limit in seconds.{AFTER}"
             )
-        if told:
-            kind, cause = cause_of(told)
-            return kind(f"{place} until the wait was aborted: {cause}.{AFTER}")
-        if self.peer in set(closed):
-            return PeerClosed(f"{place}, which has closed the group.{AFTER}")
-        return GroupFailed(f"{place} until the wait was aborted.{AFTER}")
+        kind, cause = cause_of(told) if told else (GroupFailed, "")
+        if kind is GroupFailed and closed:  # whoever told us had met the same, at the latest
+            gone = " and ".join(f"rank {rank}" for rank in sorted(closed))
+            return PeerClosed(f"{place} in vain: {gone} closed the group.{AFTER}")
+        return kind(f"{place} until the wait was aborted{cause and f': {cause}'}.{AFTER}")
 
 
 def ended(dead: Mapping[int, int]) -> str:

@@ -301,6 +301,7 @@ def _in_job(rank: int, world_size: int, folder: str, task: Callable, arguments: 
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
+    dist.barrier()  # all are connected, whoever ends next
     answer = task(rank, world_size, *arguments)
     Path(folder, f"rank_{rank}").write_bytes(pickle.dumps(answer))
 

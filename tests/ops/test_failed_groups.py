@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.ops.calls import Call, Setup, group_name, invoke, operands, prepare_a
 from tests.ops.faults import TIMEOUT_S, Outcome, attempt, in_force, recover
 from tests.ops.judge import judge, plan_name
 from tp_overlap_kernels.memory import arena as arenas
+from tp_overlap_kernels.ops import launches, reference
 
 SETUPS = [Setup("ref"), *(Setup("interp", plan) for plan in ("unfused_push;one_shot", "two_shot;push"))]
 GOOD = Call("gemm_all_reduce", Case(33, 40, 24, BF16, 2, ""))
@@ -49,6 +52,43 @@ def come_late(rank, world_size, setup, late_s):
         first, out = attempt(rank, setup, GOOD)
         barrier()
         return first, out, recover(rank, setup, GOOD)
+
+
+@pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter", "all_reduce"])
+@pytest.mark.parametrize("setup", [Setup(), Setup("interp", "two_shot;push")], ids=str)
+def test_the_sums_of_finished_pieces_become_nan_too(own_ranks, setup, op):
+    """A call above the capacity runs in pieces; rank 1 leaves after the first."""
+    setup = dataclasses.replace(setup, max_M=32, max_N=64)
+    rows = 90 if setup.backend == "interp" else 50_000
+    sizes = (1, 48 * rows, 0) if op == "all_reduce" else (rows, 48, 8)
+    error, out, pieces = own_ranks(2).run(leave_after_a_piece, setup, Call(op, Case(*sizes, BF16, 2, "")))[0]
+    assert error == "PeerClosed" and pieces > 1 and out.isnan().all()
+
+
+def leave_after_a_piece(rank, world_size, setup, call):
+    prepare_arena(setup)
+    pieces = []
+
+    def piece(function):
+        def run(*arguments):
+            pieces.append(1)
+            if rank == 1 and len(pieces) == 2:
+                raise InterruptedError
+            return function(*arguments)
+
+        return run
+
+    patches = [
+        mock.patch.object(reference, "_exchange", piece(reference._exchange)),
+        mock.patch.object(launches, "gemm_all_reduce_two_shot", piece(launches.gemm_all_reduce_two_shot)),
+        mock.patch.object(launches, "all_reduce_two_shot", piece(launches.all_reduce_two_shot)),
+        mock.patch.object(launches, "gemm_reduce_scatter", piece(launches.gemm_reduce_scatter)),
+    ]
+    with contextlib.ExitStack() as stack, in_force(setup):
+        [stack.enter_context(patch) for patch in patches]
+        outcome, out = attempt(rank, setup, call)
+    tpo.close()
+    return outcome.error, out[:1000].clone() if rank else out, len(pieces)
 
 
 @pytest.mark.parametrize("closes", [(True, False), (False, True), (False, False)], ids=str)

@@ -87,6 +87,10 @@ def _with_absent_ranks() -> list[Fault]:
         for setup in (REF, UNFUSED, TWO_SHOT, CHUNKED)
         if (op, setup) != (SUM, CHUNKED)
     ]
+    rows += [
+        Fault(f"{plan} says {AR}", "never arrives", "PeerTimeout", LATE_S, A_CALL, Setup("interp", plan))
+        for plan in ("unfused_one_shot", "unfused_two_shot")
+    ]
     rows += [Fault("one-shot reduce-scatter", "never arrives", "PeerTimeout", LATE_S, A_SCATTER, ONE_SHOT_RS)]
     rows += [
         Fault(f"one of three {setup}", "never arrives", "PeerTimeout", LATE_S, call_of(AR, 3), setup)
@@ -222,6 +226,8 @@ def test_the_ranks_live_on(own_ranks, fault):
         if rank not in fault.victims or fault.world_size == 2:
             check(fault, rank, story.first)
         assert "close() and init()" in story.first.text
+        if fault.kind == "never arrives" and f" for {TIMEOUT_S:g} s." in story.first.text:
+            assert "Not in this call yet: rank 1. " in story.first.text, story.first.text
         check_refusal(story)
         op = (fault.theirs or fault.call).op if rank in fault.victims else fault.call.op
         assert story.first.text.startswith((f"{op}: rank {rank} waited for rank ", "group ")), story.first.text

@@ -38,7 +38,7 @@ def exchange(group: dist.ProcessGroup | None, step: Callable[[], T], pids: Mappi
     try:
         dist.all_gather_object(answers, (value, text), group=group)
     except RuntimeError as reason:
-        raise (failure or _unreachable(reason, pids or {})) from reason
+        raise _unreachable(reason, pids or {}, failure) from reason
     if failure is not None:
         raise failure
     for rank, (_, text) in enumerate(answers):
@@ -54,11 +54,14 @@ def _of_another(rank: int, kind: str, text: str) -> TpOverlapError:
     return known(f"init: on rank {rank}: {text.removeprefix('init: ')}")
 
 
-def _unreachable(reason: RuntimeError, pids: Mapping[int, int]) -> TpOverlapError:
+def _unreachable(reason: RuntimeError, pids: Mapping[int, int], own: Exception | None) -> Exception:
+    """own: what this rank has met in the step, perhaps because another rank has ended."""
     said = str(reason).split("\n")[0]
     ended = [f"rank {rank} (pid {pid})" for rank, pid in sorted(pids.items()) if _has_ended(pid)]
     if ended:
         return PeerDied(f"init: the process of {', '.join(ended)} has ended before init was over ({said}).")
+    if own is not None:
+        return own
     if "imed out" in said or "imeout" in said:
         return PeerTimeout(f"init: a rank of the group has not called init in the time that torch gives it ({said}).")
     return PeerDied(f"init: a rank of the group has ended, or left it, before init was over ({said}).")

@@ -20,9 +20,13 @@ def wait_for_one(slot_ptr, out_ptr, control_ptr, record_ptr, word, rank, peer):
     signal.tl.store(out_ptr, status)
 
 
-@pytest.mark.parametrize("closed, arrives, status", [(PEER, False, ABORTED), (PEER, True, 0), (2, True, 0)], ids=str)
+@pytest.mark.parametrize(
+    "closed, arrives, status",
+    [(PEER, 10_000, ABORTED), (PEER, 64, 0), (2, 200, 0)],
+    ids=["too late", "behind the poll that finds it closed", "another one closed"],
+)
 def test_the_slot_is_looked_at_once_more(monkeypatch, closed, arrives, status):
-    """The timeout is none. The slot changes behind the poll that finds the peer closed."""
+    """arrives: in which turn of the loop the slot changes. There is no timeout."""
     slot, out = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int32)
     headers, record = torch.zeros(16, dtype=torch.int64), Record(torch.device("cpu"))
     control = torch.zeros(64, dtype=torch.int64)
@@ -31,7 +35,8 @@ def test_the_slot_is_looked_at_once_more(monkeypatch, closed, arrives, status):
     def pause(polls):
         if polls == 64:
             record.close_peer(closed)
-            slot[0] = WORD if arrives else 0
+        if polls == arrives:
+            slot[0] = WORD
 
     monkeypatch.setattr(signal, "pause", pause)
     interpret(wait_for_one, (1,), slot, out, control, record.words, WORD, RANK, PEER)

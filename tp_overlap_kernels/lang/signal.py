@@ -284,9 +284,8 @@ def _poll(address: int, wanted: int, timeout_ns: int, control: int, record: int,
             if wanted & 0xFFFF and header >> 16 == wanted >> 16 and header != wanted:
                 return _report(control, record, MISMATCH.value, who, wanted, header)
             if _peek(record) & (1 | 1 << (8 + (who >> 32 & 255))):
-                seen = value_of(
-                    tl.atomic_add(slot, zero, sem="acquire", scope="sys")
-                )  # what a peer sent before it closed
+                # what a peer sent before it closed
+                seen = value_of(tl.atomic_add(slot, zero, sem="acquire", scope="sys"))
                 if seen >> 16 < wanted >> 16:
                     return _report(control, record, ABORTED.value, who, wanted, seen)
                 continue

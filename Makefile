@@ -11,10 +11,11 @@ clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
 dev_installed := $(VENV)/.dev_installed
 cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help bench test cycles lint format typecheck clean
+.PHONY: help bench test fuzz cycles lint format typecheck clean
 help:
 	@echo "make bench      check and time the ops on this machine"
 	@echo "make test       run the tests; says what was skipped and what it needed"
+	@echo "make fuzz       random calls on CPU ranks;  make fuzz ARGS='--world-size 3 --seed 1000 --count 5000'"
 	@echo "make cycles     make and close a group 10,000 times: nothing may be left behind (minutes)"
 	@echo "make lint       ruff and clang-format, reading only;  make format: the same, writing"
 	@echo "make typecheck  mypy"
@@ -33,6 +34,9 @@ bench: $(installed)
 
 test: $(installed)
 	$(python) -m pytest -rs $(ARGS)
+
+fuzz: $(installed)
+	$(python) -m tests.fuzz $(ARGS)
 
 cycles: $(installed)
 	$(python) -m pytest -q --timeout 3600 tests/memory/test_cycles.py --cycles 10000 $(ARGS)

@@ -93,6 +93,7 @@ def test_signals_of_a_gemm(row):
     _, compiled = of_gemm(row)
     check_signals(compiled)
     gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
 
 
 @pytest.mark.parametrize("row", GEMMS, ids=label)
@@ -131,6 +132,7 @@ def test_kernels_that_copy(row):
     compiled = of_copy(row)
     check_signals(compiled)
     gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
     gates.sixteen_byte_accesses(compiled.asm["ptx"])
     gates.no_spills(compiled, ADDRESSES_BYTES)
     gates.fits_an_sm(compiled)
@@ -219,6 +221,18 @@ def looks_before_it_waits(x_ptr, out_ptr):
     tl.store(out_ptr, early)
 
 
+@triton.jit
+def multiplies_in_32_bits(x_ptr, pitch):
+    row, col = tl.program_id(0), tl.arange(0, 1024)
+    tl.store(x_ptr + row * pitch + col, col)
+
+
+@triton.jit
+def multiplies_rows_in_32_bits(x_ptr, pitch):
+    rows, cols = tl.arange(0, 16), tl.arange(0, 64)
+    tl.store(x_ptr + rows[:, None] * pitch + cols[None, :], rows[:, None] + cols[None, :])
+
+
 def compiled_example(kernel, **types):
     return compiler.hopper(kernel, types, {"num_warps": 4}, [name for name in types])
 
@@ -261,6 +275,12 @@ def test_a_bad_kernel_does_not_pass(kernel, types, gate, text):
 def test_loads_of_constants_do_not_pass():
     with pytest.raises(AssertionError, match=r"ld\.global\.nc"):
         gates.plain_loads(compiled_example(loads_as_constant, x_ptr="*i32", out_ptr="*i32"))
+
+
+@pytest.mark.parametrize("kernel", [multiplies_in_32_bits, multiplies_rows_in_32_bits], ids=lambda one: one.__name__)
+def test_addresses_in_32_bits_do_not_pass(kernel):
+    with pytest.raises(AssertionError, match="pitch in 32 bits"):
+        gates.addresses_in_64_bits(compiled_example(kernel, x_ptr="*i32", pitch="i32"))
 
 
 def test_multicast_does_not_pass():

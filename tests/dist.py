@@ -58,6 +58,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory | None = None
+        self._barrier: Any = None
 
     def run(self, task: Callable | str, *args: Any, timeout: float = 60) -> list[Any]:
         """`task(rank, world_size, *args)` on every rank; the results by rank.
@@ -80,9 +81,10 @@ class RankPool:
             raise
 
     def _start(self) -> None:
-        context = _fork_server()
+        context = fork_server()
         self._folder = tempfile.TemporaryDirectory(prefix="tpo-ranks-")
-        barrier = context.Barrier(self.world_size)
+        # Kept, since its memory would else be given to the next pool's barrier.
+        self._barrier = barrier = context.Barrier(self.world_size)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             arguments = (rank, self.world_size, theirs, barrier, self._folder.name, self.backend)
@@ -216,7 +218,8 @@ def _call(rank: int, world_size: int, name: str, args: tuple) -> Any:
 _server_lock = threading.Lock()
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
+    """The multiprocessing context of ranks."""
     context = multiprocessing.get_context("forkserver")
     with (
         _server_lock,

@@ -12,6 +12,7 @@ from tests import ptx as compiler
 from tests.kernels import gates
 from tests.kernels.launched import BF16, FP16, Launched, copying, empty, gemm, signalling
 from tp_overlap_kernels.kernels import stream_signals
+from tp_overlap_kernels.ops import launches
 
 AR, RS = "gemm_all_reduce", "gemm_reduce_scatter"
 # op, plan, M, N, K, world size, bias, dtype: each default tile, then worlds, a bias, the other dtype
@@ -55,6 +56,7 @@ COPIES = [
     ("push", 1 << 25, 8),
 ]
 SIGNALS = {
+    "spoil_call": lambda call: launches.spoil(call.arena, empty(64, 64)),
     "begin_call": lambda call: call.begin(),
     "wait_peers": lambda call: call.wait_peers(),
     "notify_peer": lambda call: call.notify(4096, 1),

@@ -126,6 +126,28 @@ def stagger(delay_ns):
 
 
 @triton.jit
+def spoil(out_ptr, n, failed, DTYPE: tl.constexpr):
+    """Make all n elements of the call's output NaN if a wait of this CTA has failed. To be called last.
+
+    Other CTAs may have stored sums before, or be about to, of what came in time: hence the delay. Each CTA that has
+    failed does it all; to elect one by an atomic costs registers in every call, and this is not a fast path. A call
+    that goes well pays for a branch.
+    """
+    if failed != 0:
+        stagger(2_000_000)
+        fill_nan(out_ptr, n, DTYPE)
+
+
+@triton.jit
+def fill_nan(out_ptr, n, DTYPE: tl.constexpr):
+    """n elements, by this CTA alone."""
+    BLOCK: tl.constexpr = 4096  # 16 bytes a thread at least, with 16 warps too
+    for start in tl.range(tl.full((), 0, tl.int64), tl.full((), 0, tl.int64) + n, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + index, tl.full((BLOCK,), float("nan"), tl.float32).to(DTYPE), mask=index < n)
+
+
+@triton.jit
 def after_previous_kernel():
     """For a kernel launched with `launch_pdl`: wait until the kernel before it in the stream has ended and is visible.
 
@@ -273,8 +295,12 @@ def _poll(address: int, wanted: int, timeout_ns: int, control: int, record: int,
             header = _header(control, wanted, who)
             if wanted & 0xFFFF and header >> 16 == wanted >> 16 and header != wanted:
                 return _report(control, record, MISMATCH.value, who, wanted, header)
-            if _peek(record):
-                return _report(control, record, ABORTED.value, who, wanted, seen)
+            if _peek(record) & (1 | 1 << (8 + (who >> 32 & 255))):
+                # what a peer sent before it closed
+                seen = value_of(tl.atomic_add(slot, zero, sem="acquire", scope="sys"))
+                if seen >> 16 < wanted >> 16:
+                    return _report(control, record, ABORTED.value, who, wanted, seen)
+                continue
             if timeout_ns and time.monotonic_ns() - started > timeout_ns:
                 return _report(control, record, TIMEOUT.value, who, wanted, seen)
 

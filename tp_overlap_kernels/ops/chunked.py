@@ -81,7 +81,6 @@ class _Call:
             (specialisation(out), out.numel() >= 1 << 31),
             WORLD=2,
             DTYPE=_triton_dtype(out),
-            BLOCK=1024,
             num_warps=4,
         )
         launch(1, out, arena.heap, arena.control, out.numel(), arena.layout.done, arena.rank)

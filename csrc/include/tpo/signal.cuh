@@ -60,12 +60,16 @@ class Patience {
   __device__ Patience(const int64_t* control, const int64_t* record, int64_t timeout_ns)
       : control_(control), record_(record), timeout_ns_(timeout_ns) {}
 
-  // To be asked after each poll that found nothing: kOk means poll again.
-  __device__ __forceinline__ Status spent() { return (++polls_ & 1023) == 512 ? look() : kOk; }
+  // To be asked after each poll that found nothing of `peer`: kOk means poll again. Anything else is about the time
+  // before now: what a peer sent before it closed may have come, so poll once more before giving up.
+  __device__ __forceinline__ Status spent(int peer) { return (++polls_ & 1023) == 512 ? look(peer) : kOk; }
 
  private:
-  __device__ __forceinline__ Status look() {
-    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED) || peek_relaxed(record_ + TPO_RECORD_ABORT)) return kAborted;
+  __device__ __forceinline__ Status look(int peer) {
+    const int64_t ended = 1 | int64_t{1} << (TPO_RECORD_ABORT_PEER + peer);
+    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED) || peek_relaxed(record_ + TPO_RECORD_ABORT) & ended) {
+      return kAborted;
+    }
     int64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));  // nanoseconds; clock64 would follow the SM clock
     if (started_ == 0) started_ = now;

@@ -70,6 +70,24 @@ def every_wait_has_a_clock(ptx: str) -> None:
         )
 
 
+def system_scope(ptx: str) -> None:
+    """What is acquired and released reaches other devices; device scope is for words of `control`, none is narrower.
+
+    Nothing polls with `volatile`, which acquires nothing, and no fence stands in the place of a release.
+    """
+    for line in lines_of(ptx):
+        assert not re.search(r"\bmembar\b|\bfence\.(sc|acq_rel)", line), f"a fence, not looked at: {line!r}"
+        found = re.search(r"\b(ld|st|atom|red)\.(\S+)", line)
+        if not found or "global" not in found[2]:
+            continue
+        kind, modifiers = found[1], found[2].split(".")
+        assert not {"volatile", "mmio", "cta", "cluster"} & set(modifiers), f"too small a scope: {line!r}"
+        if {"acquire", "release"} & set(modifiers):
+            assert "sys" in modifiers, f"no other device sees it: {line!r}"
+        if kind in ("atom", "red"):
+            assert "acq_rel" in modifiers and {"gpu", "sys"} & set(modifiers), f"an atomic without order: {line!r}"
+
+
 def sixteen_byte_accesses(ptx: str, narrow_loads: bool = False) -> None:
     """Tiles go 16 bytes at a time, and no store is narrower than a word of 8 (a header).
 

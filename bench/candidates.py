@@ -57,12 +57,7 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
     (64, 256, 64, 4, 8, 8, (1, 46, 93), 128, 512),
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
-_SCATTER_DECODE = (  # as _ONE_SHOT; a rank's share is a part of these rows
-    (16, 64, 128, 4, 4, 1, 32),
-    (16, 32, 256, 4, 4, 1, 32),
-    (64, 64, 128, 4, 4, 17, 128),
-    (64, 32, 128, 6, 4, 17, 128),
-)
+_SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -93,7 +88,8 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Candidate("unfused_nccl"),
     ],
     GEMM_REDUCE_SCATTER: [
-        *(Candidate(_tiles("push", (*tile, 1), 1), least, most) for *tile, least, most in _SCATTER_DECODE),
+        *_one_shot(),
+        *(Candidate(_tiles("push", (*tile, 1), 1), least, most) for *tile, least, most in _SCATTER_FEW),
         *_staged("push"),
         *_chunked(),
         Candidate("unfused_push"),

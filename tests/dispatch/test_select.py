@@ -56,7 +56,9 @@ RULES = [
     (gemm(AR, 2048, N=4096), h200(), "two_shot", "copies too small for the copy engine"),
     (gemm(AR, 8192, world_size=4), h200(4), "two_shot", "chunked is for two ranks"),
     (gemm(AR, 8192, world_size=8), h200(8, native=False), "two_shot", "large M on eight ranks"),
-    (gemm(RS, 16), h200(), "unfused_push", "decode"),
+    (gemm(RS, 16), h200(), "one_shot", "decode"),
+    (gemm(RS, 16), h200(one_shot_bytes=1024), "unfused_push", "the arena is too small for one-shot"),
+    (gemm(RS, 65), h200(), "unfused_push", "one row more than decode"),
     (gemm(RS, 512), h200(), "unfused_push", "too few tiles to hide anything"),
     (gemm(RS, 513), h200(), "push", "one row more"),
     (gemm(RS, 8192), h200(), "chunked", "prefill with a long GEMM"),
@@ -158,10 +160,20 @@ def test_the_table_wins_over_the_rule_and_its_parameters_over_the_defaults():
 
 
 def test_a_runner_up_serves_where_the_winner_cannot_run():
-    measured = table("unfused_sentinel", "one_shot", "unfused_nccl", M=64)
-    assert select(gemm(AR, 64), h200(), measured).name == "unfused_sentinel"
-    assert select(gemm(AR, 64), h200(native=False), measured).name == "one_shot"
-    assert select(gemm(AR, 64), h200(native=False, one_shot_bytes=0), measured).name == "unfused_nccl"
+    measured = table("unfused_sentinel", "one_shot", "unfused_nccl", M=65)
+    fits = {"sentinel_bytes": 2 * MIB}
+    assert select(gemm(AR, 65), h200(**fits), measured).name == "unfused_sentinel"
+    assert select(gemm(AR, 65), h200(native=False, **fits), measured).name == "one_shot"
+    assert select(gemm(AR, 65), h200(native=False, one_shot_bytes=0), measured).name == "unfused_nccl"
+
+
+@pytest.mark.parametrize(
+    ("M", "us", "chosen"), [(64, 109.0, "one_shot"), (64, 111.0, "unfused_sentinel"), (65, 101.0, "unfused_sentinel")]
+)
+def test_at_decode_a_plan_of_one_launch_may_be_a_little_slower(M, us, chosen):
+    plans = Plan("unfused_sentinel", us=100.0), Plan("unfused_one_shot", us=100.5), Plan("one_shot", us=us)
+    measured = Table("test.json", "NVIDIA H200", 2, (Entry(AR, 8192, 4096, "bfloat16", M, plans),))
+    assert select(gemm(AR, M), h200(sentinel_bytes=2 * MIB), measured).name == chosen
 
 
 def test_the_rule_serves_where_nothing_measured_can_run():

@@ -27,7 +27,7 @@ GEMM_PLANS = (
     "unfused_sentinel",
     "unfused_nccl",
 )
-SCATTER_PLANS = ("push", "chunked", "unfused_push", "unfused_nccl")
+SCATTER_PLANS = ("push", "one_shot", "chunked", "unfused_push", "unfused_nccl")
 SUM_PLANS = ("one_shot", "two_shot", "sentinel", "nccl")
 OWNER_F32 = ("two_shot", "push")  # chunked: cuBLAS may round the owner's product before it adds
 

@@ -111,10 +111,11 @@ def gemm(
     topology = Topology("NVIDIA H200", "cuda", world_size, one_shot_bytes=1 << 40)
     plan = select(problem, topology, forced=name)
     run = {
-        "one_shot": launches.gemm_all_reduce_one_shot,
-        "two_shot": launches.gemm_all_reduce_two_shot,
-        "push": launches.gemm_reduce_scatter,
-    }[plan.name]
+        ("gemm_all_reduce", "one_shot"): launches.gemm_all_reduce_one_shot,
+        ("gemm_all_reduce", "two_shot"): launches.gemm_all_reduce_two_shot,
+        ("gemm_reduce_scatter", "one_shot"): launches.gemm_reduce_scatter_one_shot,
+        ("gemm_reduce_scatter", "push"): launches.gemm_reduce_scatter,
+    }[op, plan.name]
     rows = M if op == "gemm_all_reduce" else -(-M // world_size)
     with recording() as made:
         some_bias = empty(N, dtype=dtype) if bias else None

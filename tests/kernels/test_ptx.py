@@ -43,6 +43,10 @@ GEMMS = [
     (AR, "one_shot", 64, 152064, 4096, 2, False, FP16),
     (AR, "one_shot", 16, 8192, 4096, 4, True, BF16),
     (AR, "one_shot", 64, 8192, 4096, 8, False, BF16),
+    (RS, "one_shot", 16, 8192, 4096, 2, False, BF16),
+    (RS, "one_shot", 64, 8192, 4096, 2, True, FP16),
+    (RS, "one_shot", 64, 8192, 4096, 4, False, BF16),
+    (RS, "one_shot", 64, 8192, 4096, 8, False, BF16),
 ]
 # which kernel, elements, world size: least and largest block
 COPIES = [
@@ -69,8 +73,8 @@ ADDRESSES_BYTES = 64
 
 
 def label(row):
-    _, plan, M, N, _, world_size, bias, dtype = row
-    return f"{plan}-{M}x{N}-W{world_size}{'-bias' * bias}{'-fp16' * (dtype is FP16)}"
+    op, plan, M, N, _, world_size, bias, dtype = row
+    return f"{'rs-' * (op == RS)}{plan}-{M}x{N}-W{world_size}{'-bias' * bias}{'-fp16' * (dtype is FP16)}"
 
 
 @functools.cache

@@ -25,7 +25,7 @@ NAN = float("nan")
 # The plans of each op that interpreted CPU ranks can run.
 CPU_PLANS = {
     "gemm_all_reduce": ("one_shot", "two_shot", "chunked", "unfused_one_shot", "unfused_two_shot"),
-    "gemm_reduce_scatter": ("push", "chunked", "unfused_push"),
+    "gemm_reduce_scatter": ("push", "one_shot", "chunked", "unfused_push"),
     "all_reduce": ("one_shot", "two_shot"),
 }
 

@@ -27,7 +27,7 @@ RULES = {
     "one_shot": (Rounding.WIRE, SUM),
     "two_shot": (Rounding.OWNER_F32, SUM),
     "push": (Rounding.OWNER_F32, SUM),
-    "chunked": (Rounding.OWNER_F32, TRAVELLER),
+    "chunked": (Rounding.WIRE, TRAVELLER),  # cuBLAS may round the owner's product before it adds
     "unfused_one_shot": (Rounding.WIRE, RANK_0),
     "unfused_two_shot": (Rounding.WIRE, RANK_0),
     "unfused_sentinel": (Rounding.WIRE, RANK_0),

@@ -56,7 +56,7 @@ def test_rows_of_one_shot():
         for N in sizes(room):
             if pitch(N) * 2 > room.layout.one_shot_bytes:
                 continue
-            for plan in plans("one_shot", "gemm_all_reduce", room, N):
+            for plan in plans("one_shot", "gemm_all_reduce", room, N):  # the reduce-scatter's are the same
                 if N > room.layout.one_shot_tiles * plan["block_n"]:  # the interpreter's small tiles
                     with pytest.raises(InvalidInput, match=f"no room for one row of N={N}. Give it a larger block_n"):
                         rows_that_fit(room, plan, N, 2)

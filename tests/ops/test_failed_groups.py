@@ -23,7 +23,7 @@ from tests.ops.judge import judge, plan_name
 from tp_overlap_kernels.memory import arena as arenas
 
 TIMEOUT_S = 1.0
-SETUPS = [Setup("ref"), *(Setup("interp", plan) for plan in ("one_shot;unfused_push", "two_shot;push", "chunked"))]
+SETUPS = [Setup("ref"), *(Setup("interp", plan) for plan in ("unfused_push;one_shot", "two_shot;push", "chunked"))]
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ from tp_overlap_kernels import errors
 from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.lang.launch import Launch
 from tp_overlap_kernels.memory import arena as arenas
-from tp_overlap_kernels.ops import all_reduce, checks, gemm_all_reduce, gemm_reduce_scatter, launches, prepared
+from tp_overlap_kernels.ops import all_reduce, checks, cublas, gemm_all_reduce, gemm_reduce_scatter, launches, prepared
 
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
 M, N, K = 24, 96, 64
 GEMMS = [(gemm_all_reduce, "one_shot"), (gemm_all_reduce, "two_shot"), (gemm_reduce_scatter, "push")]
+GEMMS += [(gemm_reduce_scatter, "one_shot")]
 SUMS = [(all_reduce, "one_shot"), (all_reduce, "two_shot"), (all_reduce, "sentinel")]
 IDS = [f"{module.OP}-{plan}" for module, plan in GEMMS]
 
@@ -63,7 +64,8 @@ class _Fused:
         return self.made[-1]
 
     def plan(self, module, name):
-        plan = Plan.parse(f"{name}:{PARAMS}") if module is not all_reduce else Plan(name)
+        tiled = module is not all_reduce and not name.startswith("unfused")
+        plan = Plan.parse(f"{name}:{PARAMS}") if tiled else Plan(name)
 
         def planned(*args):
             self.planned += 1
@@ -174,6 +176,72 @@ def test_a_known_all_reduce_of_strided_input_reads_a_copy(fused):
     for _ in range(2):
         torch.ops.tp_overlap.all_reduce(x, "local")
         assert fused.sentinel.calls[-1][0] != x.data_ptr()
+
+
+class _Product:
+    """Stands for cublas.Product: what torch.mm has just multiplied."""
+
+    works = True
+
+    def __init__(self, a, b, out):
+        self.made_of, self.shapes, self.calls = (a.data_ptr(), b.data_ptr()), (a.shape, b.shape, out.shape), []
+
+    def __call__(self, *addresses):
+        self.calls.append(addresses)
+        return self.works
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Every product that was bound."""
+    made = []
+    monkeypatch.setattr(cublas, "bind", lambda *tensors: made.append(_Product(*tensors)) or made[-1])
+    return made
+
+
+UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_sentinel")]
+UNFUSED += [(gemm_reduce_scatter, "unfused_push")]
+
+
+@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=[plan for _, plan in UNFUSED])
+def test_a_known_call_of_two_launches(fused, products, module, plan):
+    fused.plan(module, plan)
+    for call in range(3):
+        a, b = _inputs()
+        out = getattr(torch.ops.tp_overlap, module.OP)(a, b, "local")
+        if call:
+            (multiplied,) = products[0].calls[call - 1 :]
+            launched = fused.sentinel.calls[-1] if plan == "unfused_sentinel" else fused.calls[-1]
+            assert multiplied[:2] == (a.data_ptr(), b.data_ptr()) and multiplied[2] == launched[0]
+            assert out.data_ptr() in launched[:4]
+            assert (multiplied[2] == out.data_ptr()) == (module is gemm_all_reduce)
+    assert fused.planned == 1 and len(products) == 1
+
+
+@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=[plan for _, plan in UNFUSED])
+def test_a_product_that_is_refused_sends_the_call_the_public_way(fused, products, monkeypatch, module, plan):
+    fused.plan(module, plan)
+    _warm(module.OP)
+    launched = len(fused.calls) + len(fused.sentinel.calls)
+    monkeypatch.setattr(_Product, "works", False)
+    _warm(module.OP)
+    assert len(fused.calls) + len(fused.sentinel.calls) == launched + 2
+
+
+@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=[plan for _, plan in UNFUSED])
+def test_what_was_copied_for_a_product_is_copied_again(fused, products, module, plan):
+    fused.plan(module, plan)
+    a = torch.zeros(6, 4, K, dtype=torch.bfloat16).transpose(0, 1)  # no view of it is [24, K]
+    for _ in range(2):
+        getattr(torch.ops.tp_overlap, module.OP)(a, _inputs()[1], "local")
+    assert not any(product.calls for product in products)
+
+
+def test_a_bias_enters_the_product_the_public_way(fused, products):
+    fused.plan(gemm_all_reduce, "unfused_one_shot")
+    for _ in range(2):
+        torch.ops.tp_overlap.gemm_all_reduce(*_inputs(), "local", torch.zeros(N, dtype=torch.bfloat16))
+    assert not products
 
 
 def _warm(op="gemm_all_reduce", **kinds):

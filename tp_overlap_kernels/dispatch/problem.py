@@ -26,7 +26,7 @@ PLAN_NAMES = {
         "unfused_sentinel",
         "unfused_nccl",
     ),
-    "gemm_reduce_scatter": ("push", "chunked", "unfused_push", "unfused_nccl"),
+    "gemm_reduce_scatter": ("push", "one_shot", "chunked", "unfused_push", "unfused_nccl"),
     "all_reduce": ("two_shot", "one_shot", "sentinel", "nccl"),
 }
 OPS = tuple(PLAN_NAMES)

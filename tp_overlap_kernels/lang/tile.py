@@ -54,6 +54,27 @@ def load(ptr, rows, cols, row_end, col_end, pitch):
 
 
 @triton.jit
+def rows_of(rank, rows_per_rank, M):
+    """[begin, end) of the rows that a rank owns; empty, perhaps with end < begin, past the end of a short M."""
+    begin = rank * rows_per_rank
+    return begin, tl.minimum(M, begin + rows_per_rank)
+
+
+@triton.jit
+def store_rows(ptr, value, rows, cols, row_begin, row_end, col_end, pitch):
+    """`store` of those rows alone that lie in [row_begin, row_end)."""
+    mask = ((rows >= row_begin) & (rows < row_end))[:, None] & (cols < col_end)[None, :]
+    tl.store(ptr + rows.to(tl.int64)[:, None] * pitch + cols[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_rows(ptr, rows, cols, row_begin, row_end, col_end, pitch):
+    """`load` of those rows alone that lie in [row_begin, row_end)."""
+    mask = ((rows >= row_begin) & (rows < row_end))[:, None] & (cols < col_end)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * pitch + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def load_bias(bias_ptr, cols, N, HAS_BIAS: tl.constexpr):
     """(BLOCK_N,) f32: the bias of these columns, or 0."""
     if HAS_BIAS:

@@ -1,13 +1,15 @@
 """gemm_all_reduce(a, b, group_name, bias): a row-parallel linear layer as one op. The contract is below."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import Plan
 from ..memory.arena import Arena
-from . import reference
+from . import cublas, reference
 from .all_reduce import sum_into
 from .checks import check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
@@ -76,13 +78,12 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
 
 
 def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor):
-    """The plan on these tensors. Returns what was issued, if it was one launch."""
+    """The plan on these tensors. Returns what was issued, if it can be had again with less work."""
     if a.dim() != 2:
         a, out = a.reshape(-1, b.shape[1]), out.view(-1, b.shape[0])
     bias = bias.contiguous() if bias is not None else None  # the kernels index it by column
     if plan.name in ("local", "ref") or plan.name.startswith("unfused_"):
-        _unfused(arena, plan, a, b, bias, out, word)
-        issued = None
+        issued = _unfused(arena, plan, a, b, bias, out, word)
     else:
         issued = _fused(arena, plan, a, b, bias, out, word)
     settle(arena)
@@ -108,7 +109,7 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
     return None
 
 
-def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:
+def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
     """cuBLAS, then an all-reduce. The bias enters rank 0's product, in f32, so that it is added once."""
     if bias is not None and arena.rank == 0:
         torch.addmm(bias, a, b.t(), out=out)
@@ -117,7 +118,24 @@ def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None
     if plan.name == "ref":
         reference.all_reduce(arena, out.view(-1), out.view(-1), word, OP)
     elif plan.name != "local":
-        sum_into(arena, Plan(plan.name.removeprefix("unfused_")), out.view(-1), out.view(-1), word)
+        summed = sum_into(arena, Plan(plan.name.removeprefix("unfused_")), out.view(-1), out.view(-1), word)
+        product = cublas.bind(a, b, out) if summed is not None and bias is None else None
+        return product and _IssuedUnfused(product, summed)
+    return None
+
+
+class _IssuedUnfused(NamedTuple):
+    """A product of cuBLAS and one launch that sums it in place."""
+
+    product: cublas.Product
+    summed: Any
+
+    def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Callable[..., bool] | None:
+        """Both with other addresses, or None; False from it means that nothing was sent."""
+        summed, product = self.summed.again(x_ptr=out_ptr, out_ptr=out_ptr), self.product
+        if summed is None or product.made_of != (a_desc, b_desc):
+            return None
+        return lambda a, b, bias, out: product(a, b, out) and summed(out, out)
 
 
 def _fake(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:

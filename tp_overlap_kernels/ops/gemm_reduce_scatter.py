@@ -1,6 +1,8 @@
 """gemm_reduce_scatter(a, b, group_name, bias): a row-parallel layer, its sum scattered by rows. Contract below."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
-from . import reference
+from . import cublas, reference
 from .checks import check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
@@ -92,7 +94,7 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
 
 
 def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor):
-    """The plan on these tensors. Returns what was issued, if it was one launch of the fused kernel."""
+    """The plan on these tensors. Returns what was issued, if it can be had again with less work."""
     issued = None
     if a.dim() != 2:
         a = a.reshape(_rows(a), b.shape[1])
@@ -136,11 +138,38 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
 
     if plan.name == "push":
         return launches.gemm_reduce_scatter(arena, plan, a, b, bias, out, word)
+    if plan.name == "one_shot":
+        return launches.gemm_reduce_scatter_one_shot(arena, plan, a, b, bias, out, word)
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)
     else:
-        launches.reduce_scatter(arena, torch.mm(a, b.t()), bias, out, word)
+        partial = torch.mm(a, b.t())
+        summed = launches.reduce_scatter(arena, partial, bias, out, word)
+        product = cublas.bind(a, b, partial)
+        return product and _IssuedUnfused(product, summed, partial)
     return None
+
+
+class _IssuedUnfused(NamedTuple):
+    """A product of cuBLAS and one launch that sums its rows."""
+
+    product: cublas.Product
+    summed: Any  # lang.launch.Issued
+    partial: Tensor
+
+    def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Callable[..., bool] | None:
+        """Both with other addresses and a fresh partial, or None; False from it means that nothing was sent."""
+        product, shape, dtype, device = self.product, self.partial.shape, self.partial.dtype, self.partial.device
+        summed = self.summed.again(x_ptr=self.partial.data_ptr(), bias_ptr=bias_ptr, out_ptr=out_ptr)
+        if summed is None or product.made_of != (a_desc, b_desc):
+            return None
+
+        def run(a: int, b: int, bias: int, out: int) -> bool:
+            partial = torch.empty(shape, dtype=dtype, device=device)  # fresh, so that a graph gets one of its own
+            x = partial.data_ptr()
+            return product(a, b, x) and summed(x, bias, out)
+
+        return run
 
 
 def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:

@@ -13,6 +13,7 @@ from ..kernels.all_reduce_one_shot_push import all_reduce_one_shot_push
 from ..kernels.all_reduce_two_shot_push import all_reduce_two_shot_push
 from ..kernels.gemm_all_reduce_one_shot_push import gemm_all_reduce_one_shot_push
 from ..kernels.gemm_all_reduce_two_shot_push import gemm_all_reduce_two_shot_push
+from ..kernels.gemm_reduce_scatter_one_shot_push import gemm_reduce_scatter_one_shot_push
 from ..kernels.gemm_reduce_scatter_push import gemm_reduce_scatter_push
 from ..kernels.reduce_scatter_push import reduce_scatter_push
 from ..lang.launch import Issued, Launch, specialisation
@@ -88,17 +89,15 @@ def copy_block(arena: Arena, elements: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
 
 
-def gemm_all_reduce_one_shot(
-    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+def _gemm_one_shot(
+    arena: Arena, plan: Plan, kernel, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int, *owned: int
 ) -> Issued:
-    """kernels/gemm_all_reduce_one_shot_push.py"""
+    """owned: rows per rank, where rows have owners."""
     (M, K), N, W, room = a.shape, b.shape[0], arena.world_size, arena.layout
     meta = _tiles(plan, grouped=False)
     m_tiles, n_tiles = -(-M // meta["BLOCK_M"]), -(-N // meta["BLOCK_N"])
     key = (N, K, specialisation(out, out if bias is None else bias))
-    launch = _launch(
-        arena, gemm_all_reduce_one_shot_push, key, WORLD=W, HAS_BIAS=bias is not None, DTYPE=_triton_dtype(a), **meta
-    )
+    launch = _launch(arena, kernel, key, WORLD=W, HAS_BIAS=bias is not None, DTYPE=_triton_dtype(a), **meta)
     return launch(
         min(m_tiles * n_tiles, arena.programs),
         describe(a, meta["BLOCK_M"], meta["BLOCK_K"]),
@@ -112,6 +111,7 @@ def gemm_all_reduce_one_shot(
         M,
         N,
         K,
+        *owned,
         m_tiles,
         n_tiles,
         pitch(N),
@@ -124,6 +124,21 @@ def gemm_all_reduce_one_shot(
         arena.rank,
         arena.timeout_ns,
     )
+
+
+def gemm_all_reduce_one_shot(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+) -> Issued:
+    """kernels/gemm_all_reduce_one_shot_push.py"""
+    return _gemm_one_shot(arena, plan, gemm_all_reduce_one_shot_push, a, b, bias, out, word)
+
+
+def gemm_reduce_scatter_one_shot(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+) -> Issued:
+    """kernels/gemm_reduce_scatter_one_shot_push.py"""
+    rows = rows_per_rank(a.shape[0], arena.world_size)
+    return _gemm_one_shot(arena, plan, gemm_reduce_scatter_one_shot_push, a, b, bias, out, word, rows)
 
 
 def _gemm_staged(

@@ -70,6 +70,17 @@ def every_wait_has_a_clock(ptx: str) -> None:
         )
 
 
+def whole_epochs_are_compared(ptx: str) -> None:
+    """A slot counts as raised from its epoch on, all 48 bits of it: a slot that is seldom written may be far behind."""
+    text = "\n".join(lines_of(ptx))
+    waits = re.findall(r"ld\.acquire\.sys\.global.*?bra arrived", text, flags=re.S)
+    assert waits, "nothing waits"
+    for wait in waits:
+        assert re.search(r"b64 (\w+), .*\nshr\.u64 (\w+), \1, 16;\nsetp\.ge\.[su]64 \w+, \2, wanted;", wait), (
+            f"compared otherwise: {wait!r}"
+        )
+
+
 def system_scope(ptx: str) -> None:
     """What is acquired and released reaches other devices; device scope is for words of `control`, none is narrower.
 

@@ -116,6 +116,7 @@ def check_signals(compiled):
     gates.barrier_before_release(text)
     gates.barrier_after_acquire(text)
     gates.every_wait_has_a_clock(text)
+    gates.whole_epochs_are_compared(text)
     gates.system_scope(text)
     gates.no_multicast(text)
     ir_gates.loads_follow_their_wait(compiled)
@@ -405,6 +406,14 @@ def test_a_fence_in_the_place_of_a_release_does_not_pass():
         gates.system_scope("membar.sys;\nst.global.b64 [%rd1], %rd2;")
     with pytest.raises(AssertionError, match="without order"):
         gates.system_scope("atom.global.sys.relaxed.exch.b64 %rd1, [%rd2], %rd3;")
+
+
+def test_an_epoch_of_32_bits_does_not_pass():
+    good = of_gemm(GEMMS[1])[1].asm["ptx"]
+    for bad in (good.replace("setp.ge.s64 here, got", "setp.ge.s32 here, got"), good.replace("seen, 16", "seen, 48")):
+        assert bad != good
+        with pytest.raises(AssertionError, match="compared otherwise"):
+            gates.whole_epochs_are_compared(bad)
 
 
 def test_loads_of_constants_do_not_pass():

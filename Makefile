@@ -11,10 +11,11 @@ clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
 dev_installed := $(VENV)/.dev_installed
 cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help bench test lint format typecheck clean
+.PHONY: help bench test mutants lint format typecheck clean
 help:
 	@echo "make bench      check and time the ops on this machine"
 	@echo "make test       run the tests; says what was skipped and what it needed"
+	@echo "make mutants    break the package in known ways, see that tests notice, write the table of docs/proof.md"
 	@echo "make lint       ruff and clang-format, reading only;  make format: the same, writing"
 	@echo "make typecheck  mypy"
 	@echo "make clean      remove what was built, the environment too"
@@ -32,6 +33,9 @@ bench: $(installed)
 
 test: $(installed)
 	$(python) -m pytest -rs $(ARGS)
+
+mutants: $(installed)
+	$(python) tests/mutants/run.py $(ARGS)
 
 lint: $(dev_installed)
 	$(python) -m ruff check .

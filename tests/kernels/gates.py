@@ -14,6 +14,7 @@ BARRIER = re.compile(r"\b(barrier\.(sync|red)|bar\.(sync|red))")
 WEAK_STORE = re.compile(r"\bst\.global\b")
 WEAK_LOAD = re.compile(r"\bld\.global\b")
 RELEASE = re.compile(r"\bst\.release\.sys\.global")
+ON_REGISTERS = re.compile(r"(mov|setp)\.")
 RECORD_WRITTEN = re.compile(r"st\.release\.sys\.global\.b64 \[%\w+ \+ 8\], 2;")  # one thread's own words before it
 
 
@@ -28,19 +29,23 @@ def count(ptx: str, pattern: str) -> int:
 
 
 def barrier_before_release(ptx: str) -> None:
-    """No store of the CTA stands between the last barrier and a release: one thread releases what all have stored."""
-    releases, dirty = 0, None
+    """A barrier of the CTA stands right before each release: one thread releases what all have stored.
+
+    A barrier further up would do only as long as no branch goes around it.
+    """
+    releases, since_barrier = 0, None
     for line in lines_of(ptx):
         assert "cp.async.bulk" not in line or ".global.shared" not in line, (
             f"an asynchronous store, not looked at: {line}"
         )
         if BARRIER.search(line):
-            dirty = None
-        elif WEAK_STORE.search(line):
-            dirty = line
+            since_barrier = []
         elif RELEASE.search(line) and not RECORD_WRITTEN.search(line):
             releases += 1
-            assert dirty is None, f"no barrier of the CTA between {dirty!r} and {line!r}"
+            others = ["anything"] if since_barrier is None else [x for x in since_barrier if not ON_REGISTERS.match(x)]
+            assert not others, f"no barrier of the CTA between {others[-1]!r} and {line!r}"
+        elif since_barrier is not None:
+            since_barrier.append(line)
     assert releases, "nothing is released at system scope"
 
 

@@ -172,6 +172,7 @@ def of_tables() -> dict[str, Launched]:
 SHIPPED = of_tables()
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_the_tables_name(name):
     launched = SHIPPED[name]
@@ -428,6 +429,15 @@ def test_multicast_does_not_pass():
     ):
         with pytest.raises(AssertionError, match="multi"):
             gates.no_multicast(f"mov.u32 %r1, 0;\n{line}\nret;")
+
+
+def test_a_barrier_further_up_does_not_pass():
+    """A branch may lead around it."""
+    good = of_gemm(GEMMS[1])[1].asm["ptx"]
+    bad = re.sub(r"barrier\.sync 0;(?=\s+mov\.u32 tid, %tid\.x;\s+setp\.eq\.u32 first)", "", good)
+    assert bad != good
+    with pytest.raises(AssertionError, match="no barrier of the CTA"):
+        gates.barrier_before_release(bad)
 
 
 def test_a_store_between_barrier_and_release_does_not_pass():

@@ -45,11 +45,13 @@ PLANS = [(op, plan, W) for op, plan in MOVERS for W in (2, 3, 4) if plan in cpu_
 # (M, N, most programs of a grid) of each call, by the number of ranks
 SEQUENCES = {
     "uniform": lambda W: [(40, 40, 3)] * 3,
-    "mixed shapes": lambda W: [(40, 40, 3), (8, 72, 3), (70, 8, 3), (33, 41, 3)],
+    # each less than half of the one before: were slots placed by shape, one of any two neighbours would overlap
+    "mixed shapes": lambda W: [(40, 40, 3), (8, 72, 3), (3, 8, 3), (70, 8, 3), (33, 41, 3)],
     "M=0": lambda W: [(40, 24, 3), (0, 24, 3), (40, 24, 3), (0, 24, 3), (0, 24, 3), (40, 24, 3)],
     "M<W": lambda W: [(40, 24, 3), (1, 24, 3), (W - 1, 24, 3), (40, 24, 3)],
     "an owner of nothing": lambda W: [(70, 24, 3), (owner_of_nothing(W), 24, 3), (70, 24, 3), (W + 1, 24, 3)],
-    "grids that change": lambda W: [(70, 40, 4), (70, 40, 1), (8, 8, 3), (70, 40, 5)],
+    # a tile goes to another program for two calls, and then back
+    "grids that change": lambda W: [(70, 40, 4), (70, 40, 1), (70, 40, 1), (70, 40, 5), (8, 8, 3)],
 }
 
 

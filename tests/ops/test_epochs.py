@@ -5,6 +5,8 @@ A slot that was last written long ago must count as old, however far the epoch h
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from tests.ops.judge import judge
 from tp_overlap_kernels.lang.signal import EPOCH
 
 CALLS = 16
+LATE_S = 0.03
 # The word is signed where Python reads it: 47 bits of epoch are what there is. 16,000 calls a second for 279 years.
 STARTS = {"31 bits": 2**31 - CALLS // 2, "32 bits": 2**32 - CALLS // 2, "47 bits": 2**47 - CALLS - 1}
 
@@ -45,6 +48,8 @@ def call_from(rank, world_size, calls, epoch):
         results = []
         with tpo.cpu_backend("interp"), torch.inference_mode():
             for call in calls:
+                if call.number % world_size == rank:  # late: who does not wait for it has old data
+                    time.sleep(LATE_S)
                 with tpo.force_plan(call.plan):
                     results.append(rank_side.invoke(call, rank_side.operands(call, rank), rank))
         assert int(arena.control[EPOCH.value]) == epoch + len(calls)

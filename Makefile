@@ -11,11 +11,12 @@ clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
 dev_installed := $(VENV)/.dev_installed
 cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help bench test mutants lint format typecheck clean
+.PHONY: help bench test fuzz mutants lint format typecheck clean
 help:
 	@echo "make bench      check and time the ops on this machine"
 	@echo "make test       run the tests; says what was skipped and what it needed"
 	@echo "make mutants    break the package in known ways, see that tests notice, write the table of docs/proof.md"
+	@echo "make fuzz       random calls on CPU ranks;  make fuzz ARGS='--world-size 3 --seed 1000 --count 5000'"
 	@echo "make lint       ruff and clang-format, reading only;  make format: the same, writing"
 	@echo "make typecheck  mypy"
 	@echo "make clean      remove what was built, the environment too"
@@ -36,6 +37,9 @@ test: $(installed)
 
 mutants: $(installed)
 	$(python) tests/mutants/run.py $(ARGS)
+
+fuzz: $(installed)
+	$(python) -m tests.fuzz $(ARGS)
 
 lint: $(dev_installed)
 	$(python) -m ruff check .

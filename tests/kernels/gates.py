@@ -123,6 +123,26 @@ def plain_loads(compiled) -> None:
     assert not constant, f"{len(constant)} loads as of constants: {constant[0]}"
 
 
+# Arguments that a row, a slot or an owner is multiplied by, and where large regions begin.
+STRIDES = ("pitch", "out_pitch", "part", "slot_bytes", "staging_slot_bytes", "slots_offset", "staging_offset")
+STRIDES += ("result_offset",)
+
+
+def addresses_in_64_bits(compiled, names: tuple[str, ...] = STRIDES) -> None:
+    """A stride or an offset is widened before anything is multiplied by it or added to it; PTX no longer says which."""
+    ttir = compiled.asm["ttir"]
+    arguments = ttir[ttir.index("tt.func public") :].split(")\n")[0].split("{\n")[0]
+    present = [name for name in names if re.search(rf"%{name}: i(32|64)", arguments)]
+    assert present, "no stride among the arguments"
+    for line in ttir.split("\n"):
+        for name in present:
+            words = r"arith\.(muli|shli)"
+            if name != "part":  # which local indices are compared with, and which is rounded up to blocks
+                words += r"|tt\.splat|arith\.addi"
+            narrow = re.search(rf"= ({words}) .*%{name}\b.*: (i32|tensor<\w+xi32>)", line)
+            assert not narrow, f"{name} in 32 bits: {line.strip()}"
+
+
 def no_multicast(ptx: str) -> None:
     """Multicast is switched off where these kernels run."""
     found = re.findall(r"multimem\S*|\S*multicast\S*", ptx)

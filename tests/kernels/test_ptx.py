@@ -98,6 +98,7 @@ def test_signals_of_a_gemm(row):
     check_signals(compiled)
     gates.plain_loads(compiled)
     ir_gates.tma_of_arguments(compiled)
+    gates.addresses_in_64_bits(compiled)
 
 
 @pytest.mark.parametrize("row", GEMMS, ids=label)
@@ -139,6 +140,7 @@ def test_kernels_that_copy(row):
     compiled = of_copy(row)
     check_signals(compiled)
     gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
     gates.sixteen_byte_accesses(compiled.asm["ptx"])
     gates.no_spills(compiled, ADDRESSES_BYTES)
     gates.fits_an_sm(compiled)
@@ -179,6 +181,7 @@ def test_what_the_tables_name(name):
     compiled, meta = launched.compile(), launched.meta
     check_signals(compiled)
     gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
     gates.fits_an_sm(compiled)
     elements = meta["BLOCK_M"] * meta["BLOCK_N"] if "BLOCK_M" in meta else meta["BLOCK"]
     if elements >= 8 * 32 * meta["num_warps"]:  # of 16 x 32 elements each of 128 threads has 8 bytes
@@ -320,6 +323,18 @@ def releases_to_this_device_only(slot_ptr):
     tl.atomic_xchg(slot_ptr, 1, sem="release", scope="gpu")
 
 
+@triton.jit
+def multiplies_in_32_bits(x_ptr, pitch):
+    row, col = tl.program_id(0), tl.arange(0, 1024)
+    tl.store(x_ptr + row * pitch + col, col)
+
+
+@triton.jit
+def multiplies_rows_in_32_bits(x_ptr, pitch):
+    rows, cols = tl.arange(0, 16), tl.arange(0, 64)
+    tl.store(x_ptr + rows[:, None] * pitch + cols[None, :], rows[:, None] + cols[None, :])
+
+
 def compiled_example(kernel, **types):
     return compiler.hopper(kernel, types, {"num_warps": 4}, [name for name in types])
 
@@ -420,6 +435,12 @@ def test_an_epoch_of_32_bits_does_not_pass():
 def test_loads_of_constants_do_not_pass():
     with pytest.raises(AssertionError, match=r"ld\.global\.nc"):
         gates.plain_loads(compiled_example(loads_as_constant, x_ptr="*i32", out_ptr="*i32"))
+
+
+@pytest.mark.parametrize("kernel", [multiplies_in_32_bits, multiplies_rows_in_32_bits], ids=lambda one: one.__name__)
+def test_addresses_in_32_bits_do_not_pass(kernel):
+    with pytest.raises(AssertionError, match="pitch in 32 bits"):
+        gates.addresses_in_64_bits(compiled_example(kernel, x_ptr="*i32", pitch="i32"))
 
 
 def test_multicast_does_not_pass():

@@ -74,15 +74,21 @@ def judge(call: Call, plan: str, results: list[torch.Tensor], rows_at_once: int 
     if call.kind != "normal":
         _check_exact(call, whole, wanted, what)
         return
-    if call.op == "all_reduce":
-        bound = tolerance.tolerance(wanted, Rounding.EACH_HOP if plan == "nccl" else Rounding.WIRE)
-    else:
-        rounding, place = RULES[plan]
-        owner = owners(call, rows_at_once)
-        wanted = _with_bias_in_partial(call, wanted, place, owner)
-        bound = tolerance.tolerance(wanted, rounding, owner=owner)
+    wanted, bound = allowed(call, plan, wanted, inputs.bias(case, call.number), rows_at_once)
     tolerance.check_bites(wanted, bound)
     tolerance.check(whole, wanted, bound, what)
+
+
+def allowed(
+    call: Call, plan: str, wanted: Truth, bias: torch.Tensor, rows_at_once: int | None = None
+) -> tuple[Truth, torch.Tensor]:
+    """The truth with the bias where the plan adds it, and by how much the plan may miss it, element by element."""
+    if call.op == "all_reduce":
+        return wanted, tolerance.tolerance(wanted, Rounding.EACH_HOP if plan == "nccl" else Rounding.WIRE)
+    rounding, place = RULES[plan]
+    owner = owners(call, rows_at_once).to(wanted.ref.device)
+    wanted = _with_bias_in_partial(call, wanted, bias, place, owner)
+    return wanted, tolerance.tolerance(wanted, rounding, owner=owner)
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -109,15 +115,15 @@ def owners(call: Call, rows_at_once: int | None = None) -> torch.Tensor:
     return (row - first) // ((height + world_size - 1) // world_size)
 
 
-def _with_bias_in_partial(call: Call, wanted: Truth, place: str, owner: torch.Tensor) -> Truth:
+def _with_bias_in_partial(call: Call, wanted: Truth, bias: torch.Tensor, place: str, owner: torch.Tensor) -> Truth:
     if not call.bias or place == SUM:
         return wanted
-    partials, bias = wanted.partials.clone(), inputs.bias(call.case, call.number).double()
+    partials = wanted.partials.clone()
     if place == RANK_0:
-        partials[0] += bias
+        partials[0] += bias.double()
     else:
         assert call.case.world_size == 2, "only one partial travels"
-        partials[1 - owner, torch.arange(call.case.M)] += bias
+        partials[1 - owner, torch.arange(call.case.M, device=owner.device)] += bias.double()
     return dataclasses.replace(wanted, partials=partials)
 
 
@@ -125,9 +131,10 @@ def _check_exact(call: Call, out: torch.Tensor, wanted: Truth, what: str) -> Non
     try:
         tolerance.check_bits(out, wanted, what)
     except AssertionError as error:
-        if call.kind == "tagged" and not call.bias:
-            row, col = ((out.double() - wanted.ref) != 0).nonzero()[0].tolist()
-            sign = 1.0 if wanted.ref[row, col] > 0 else -1.0
-            reading = inputs.read_tags(sign * out[row, col].item(), call.case.world_size)
+        if call.kind == "tagged":
+            row, col = (~((out.double() - wanted.ref) == 0)).nonzero()[0].tolist()
+            bias = inputs.bias(call.case, call.number)[col].item() if call.bias else 0.0
+            sign = 1.0 if wanted.ref[row, col].item() > bias else -1.0
+            reading = inputs.read_tags(sign * (out[row, col].item() - bias), call.case.world_size, call.case.dtype)
             raise AssertionError(f"{error}\nat [{row}, {col}]: {reading}") from None
         raise

@@ -4,6 +4,9 @@ A slot is a 64-bit word in symmetric memory: epoch << 16 | call hash. Epochs onl
 a captured graph may be replayed any number of times: the epoch is read from device memory, `control[EPOCH]`, and
 advanced by `enter`.
 
+Epochs run to LAST_EPOCH, where the sign bit of the word begins: at one call a microsecond that is over four years, so
+the device does not look; the CPU's stand-ins, for which it costs nothing, refuse the call after it.
+
 Every word here is `.sys` scoped, has the CTA barrier on the side where it belongs, and ends:
 
 * `notify` first joins the CTA (`barrier.sync`), so that the stores of *all* its threads come before the release of
@@ -38,6 +41,8 @@ LEFT = tl.constexpr(6)  # CTAs that have ended in the running call
 STAGED = tl.constexpr(7)  # the last call that ended with `leave`
 HEADERS = tl.constexpr(8)  # address of our header slots [2, W]: the call word of each peer by parity of the epoch
 HEADERS_BYTES = tl.constexpr(9)  # W * 8
+
+LAST_EPOCH = (1 << 47) - 1
 
 # status of a wait, and `record[CODE]`
 OK, TIMEOUT, MISMATCH, ABORTED = (tl.constexpr(i) for i in range(4))
@@ -211,10 +216,17 @@ def _stagger_cpu(delay_ns):
 @cpu_impl(count_in)
 def _count_in_cpu(control_ptr, epoch):
     control = address_of(control_ptr)
+    check_epoch(value_of(epoch))
     count = tl.atomic_add(_slot(control + 8 * ENTERED.value), as_tensor(1, tl.int64), sem="acq_rel", scope="gpu")
     if value_of(count) == program_state().grid_size[0] - 1:
         _poke(control + 8 * ENTERED.value, 0)
         _poke(control + 8 * EPOCH.value, value_of(epoch))
+
+
+def check_epoch(epoch: int) -> None:
+    """Refuse a call whose word would be negative, hence older than all before it."""
+    if epoch > LAST_EPOCH:
+        raise OverflowError(f"epoch {epoch} exceeds {LAST_EPOCH}. close() and init() begin again at 0.")
 
 
 def _peek(address: int) -> int:

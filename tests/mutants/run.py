@@ -7,7 +7,7 @@ A mutant is a patch in this folder, applied to a copy of the tree. Above the pat
 
     breaks: what it breaks
     killed by: a test, as pytest names it (several such lines: each of them must fail)
-    note: where it differs from what was asked for, and why
+    note: what else a reader should know
 
 A mutant is dead if each of its tests fails, which means that pytest ran it and says so: a test that is not found, or
 that cannot be imported, has noticed nothing. All of these tests pass on the tree as it is, which is seen first.

@@ -11,10 +11,11 @@ clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
 dev_installed := $(VENV)/.dev_installed
 cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help bench test fuzz proof cycles lint format typecheck clean
+.PHONY: help bench test fuzz proof cycles mutants lint format typecheck clean
 help:
 	@echo "make bench      check and time the ops on this machine"
 	@echo "make test       run the tests; says what was skipped and what it needed"
+	@echo "make mutants    break the package in known ways, see that tests notice, write the table of docs/proof.md"
 	@echo "make fuzz       random calls on CPU ranks;  make fuzz ARGS='--world-size 3 --seed 1000 --count 5000'"
 	@echo "make proof      the proof on this machine's GPUs: ten minutes on two; see docs/proof.md"
 	@echo "make cycles     make and close a group 10,000 times: nothing may be left behind (minutes)"
@@ -35,6 +36,9 @@ bench: $(installed)
 
 test: $(installed)
 	$(python) -m pytest -rs $(ARGS)
+
+mutants: $(installed)
+	$(python) tests/mutants/run.py $(ARGS)
 
 fuzz: $(installed)
 	$(python) -m tests.fuzz $(ARGS)

@@ -1,16 +1,22 @@
-"""Every Triton kernel in every configuration that dispatch gives by default, compiled for sm_90a without a GPU."""
+"""Every Triton kernel in every configuration that we ship, compiled for sm_90a without a GPU.
+
+Those are what dispatch gives by default, at several world sizes and for both dtypes, and what its tables name.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
+import types
 
 import pytest
 import triton
 import triton.language as tl
 
 from tests import ptx as compiler
-from tests.kernels import gates
+from tests.kernels import gates, ir_gates
 from tests.kernels.launched import BF16, FP16, Launched, copying, empty, gemm, signalling
+from tp_overlap_kernels.dispatch.table import TABLES, parse
 from tp_overlap_kernels.kernels import stream_signals
 from tp_overlap_kernels.ops import launches
 
@@ -93,6 +99,7 @@ def test_signals_of_a_gemm(row):
     _, compiled = of_gemm(row)
     check_signals(compiled)
     gates.plain_loads(compiled)
+    ir_gates.tma_of_arguments(compiled)
     gates.addresses_in_64_bits(compiled)
 
 
@@ -112,7 +119,10 @@ def check_signals(compiled):
     gates.barrier_before_release(text)
     gates.barrier_after_acquire(text)
     gates.every_wait_has_a_clock(text)
+    gates.whole_epochs_are_compared(text)
+    gates.system_scope(text)
     gates.no_multicast(text)
+    ir_gates.loads_follow_their_wait(compiled)
 
 
 def test_odd_sizes_compile_too():
@@ -139,6 +149,59 @@ def test_kernels_that_copy(row):
     gates.waits_for_the_kernel_before(compiled.asm["ptx"])
 
 
+# --- what the tables name, the runners-up too: one of them runs where the first cannot
+
+
+def of_tables() -> dict[str, Launched]:
+    """One launch for each way in which a kernel is compiled."""
+    copies = {"one_shot": "one_shot", "two_shot": "two_shot"}
+    copies |= {"unfused_one_shot": "one_shot", "unfused_two_shot": "two_shot", "unfused_push": "push"}
+    found = {}
+    for path in sorted(TABLES.glob("*.json")):
+        table = parse(path.read_text(), path.name)
+        for entry in table.entries:
+            for plan in entry.plans:
+                if entry.op != "all_reduce" and plan.name in ("one_shot", "two_shot", "push"):
+                    launched = gemm(entry.op, str(plan), entry.M, entry.N, entry.K, table.world_size)
+                    sizes = "" if entry.N % 16 == entry.K % 16 == 0 else f" N={entry.N} K={entry.K}"
+                elif plan.name in copies:
+                    launched, sizes = copying(copies[plan.name], entry.M * entry.N, table.world_size), ""
+                else:
+                    continue
+                meta = " ".join(f"{key}={value}" for key, value in launched.meta.items() if isinstance(value, int))
+                found[f"{launched.name} {meta}{sizes}"] = launched
+    return found
+
+
+SHIPPED = of_tables()
+
+
+@pytest.mark.slow  # all of them together
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_the_tables_name(name):
+    launched = SHIPPED[name]
+    compiled, meta = launched.compile(), launched.meta
+    check_signals(compiled)
+    gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
+    gates.fits_an_sm(compiled)
+    elements = meta["BLOCK_M"] * meta["BLOCK_N"] if "BLOCK_M" in meta else meta["BLOCK"]
+    if elements >= 8 * 32 * meta["num_warps"]:  # of 16 x 32 elements each of 128 threads has 8 bytes
+        gates.sixteen_byte_accesses(compiled.asm["ptx"])
+    if "BLOCK_M" in meta:
+        ir_gates.tma_of_arguments(compiled)
+        gates.pipelined(compiled, meta["BLOCK_M"], meta["BLOCK_N"], meta["BLOCK_K"], meta["num_stages"])
+        gates.no_spills(compiled)
+    else:
+        gates.waits_for_the_kernel_before(compiled.asm["ptx"])
+        gates.no_spills(compiled, ADDRESSES_BYTES)
+
+
+def test_the_tables_are_looked_at():
+    kernels = {launched.name for launched in SHIPPED.values()}
+    assert len(SHIPPED) >= 20 and kernels >= {"gemm_all_reduce_two_shot_push", "reduce_scatter_push"}, SHIPPED.keys()
+
+
 # --- kernels that only signal
 
 
@@ -149,6 +212,7 @@ def test_kernels_that_signal(name):
     compiled = launched.compile()
     text = compiled.asm["ptx"]
     gates.no_multicast(text)
+    gates.system_scope(text)
     gates.plain_loads(compiled)
     gates.no_spills(compiled)
     if name in ("notify_peer", "end_call"):
@@ -222,6 +286,46 @@ def looks_before_it_waits(x_ptr, out_ptr):
 
 
 @triton.jit
+def loads_before_it_waits(table_ptr, out_ptr, slot_ptr):
+    """As a software pipeliner would have it: the tile is on its way before its slot has been looked at."""
+    index = tl.arange(0, 1024)
+    tile = tl.load(tl.load(table_ptr).to(tl.pointer_type(tl.int32)) + index)
+    wait_for(slot_ptr)
+    tl.store(out_ptr + index, tile)
+
+
+@triton.jit
+def loads_in_a_later_block(table_ptr, out_ptr, slot_ptr):
+    """One wait for several loads: those of the second turn follow a store."""
+    index = tl.arange(0, 1024)
+    wait_for(slot_ptr)
+    for i in tl.range(0, 2):
+        tile = tl.load(tl.load(table_ptr + i).to(tl.pointer_type(tl.int32)) + index)
+        tl.store(out_ptr + i * 1024 + index, tile)
+
+
+@triton.jit
+def wait_for(slot_ptr):
+    tl.inline_asm_elementwise(
+        """{ .reg .pred here; .reg .b64 seen; ld.acquire.sys.global.b64 seen, [$1]; setp.ne.s64 here, seen, 0;
+        barrier.red.or.pred here, 0, here; mov.u32 $0, 0; }""",
+        "=r,l", [slot_ptr.to(tl.int64)], tl.int32, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def polls_with_volatile(slot_ptr):
+    while tl.load(slot_ptr, volatile=True) == 0:
+        pass
+
+
+@triton.jit
+def releases_to_this_device_only(slot_ptr):
+    tl.debug_barrier()
+    tl.atomic_xchg(slot_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
 def multiplies_in_32_bits(x_ptr, pitch):
     row, col = tl.program_id(0), tl.arange(0, 1024)
     tl.store(x_ptr + row * pitch + col, col)
@@ -272,6 +376,64 @@ def test_a_bad_kernel_does_not_pass(kernel, types, gate, text):
         gate(compiled_example(kernel, **types).asm["ptx"])
 
 
+WORDS = {"table_ptr": "*i64", "out_ptr": "*i32", "slot_ptr": "*i64"}
+
+
+@pytest.mark.parametrize(
+    "kernel, text",
+    [(loads_before_it_waits, "no wait stands before"), (loads_in_a_later_block, "and the wait before it")],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_load_away_from_its_wait_does_not_pass(kernel, text):
+    with pytest.raises(AssertionError, match=text):
+        ir_gates.loads_follow_their_wait(compiled_example(kernel, **WORDS))
+
+
+def test_an_asynchronous_copy_from_an_arena_does_not_pass():
+    ttgir = compiled_example(loads_before_it_waits, **WORDS).asm["ttgir"]
+    copied = re.sub(
+        r"(%\w+) = tt\.load (%\w+) : (tensor<\S+x!tt\.ptr)", r"\1 = ttg.async_copy_global_to_local \2 : \3", ttgir
+    )
+    assert copied != ttgir
+    with pytest.raises(AssertionError, match="an asynchronous copy from an arena"):
+        ir_gates.loads_follow_their_wait(types.SimpleNamespace(asm={"ttgir": copied}))
+
+
+def test_tma_of_an_arena_does_not_pass():
+    ttgir = of_gemm(GEMMS[1])[1].asm["ttgir"]
+    for copied in (
+        ttgir.replace("async_tma_copy_global_to_local %b_desc", "async_tma_copy_global_to_local %staged"),
+        ttgir + "\nttng.async_tma_copy_local_to_global %b_desc",
+    ):
+        with pytest.raises(AssertionError, match=r"global_to_local|local_to_global"):
+            ir_gates.tma_of_arguments(types.SimpleNamespace(asm={"ttgir": copied}))
+
+
+@pytest.mark.parametrize(
+    "kernel, text",
+    [(polls_with_volatile, "too small a scope"), (releases_to_this_device_only, "no other device")],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_weaker_signals_do_not_pass(kernel, text):
+    with pytest.raises(AssertionError, match=text):
+        gates.system_scope(compiled_example(kernel, slot_ptr="*i32").asm["ptx"])
+
+
+def test_a_fence_in_the_place_of_a_release_does_not_pass():
+    with pytest.raises(AssertionError, match="a fence"):
+        gates.system_scope("membar.sys;\nst.global.b64 [%rd1], %rd2;")
+    with pytest.raises(AssertionError, match="without order"):
+        gates.system_scope("atom.global.sys.relaxed.exch.b64 %rd1, [%rd2], %rd3;")
+
+
+def test_an_epoch_of_32_bits_does_not_pass():
+    good = of_gemm(GEMMS[1])[1].asm["ptx"]
+    for bad in (good.replace("setp.ge.s64 here, got", "setp.ge.s32 here, got"), good.replace("seen, 16", "seen, 48")):
+        assert bad != good
+        with pytest.raises(AssertionError, match="compared otherwise"):
+            gates.whole_epochs_are_compared(bad)
+
+
 def test_loads_of_constants_do_not_pass():
     with pytest.raises(AssertionError, match=r"ld\.global\.nc"):
         gates.plain_loads(compiled_example(loads_as_constant, x_ptr="*i32", out_ptr="*i32"))
@@ -290,6 +452,15 @@ def test_multicast_does_not_pass():
     ):
         with pytest.raises(AssertionError, match="multi"):
             gates.no_multicast(f"mov.u32 %r1, 0;\n{line}\nret;")
+
+
+def test_a_barrier_further_up_does_not_pass():
+    """A branch may lead around it."""
+    good = of_gemm(GEMMS[1])[1].asm["ptx"]
+    bad = re.sub(r"barrier\.sync 0;(?=\s+mov\.u32 tid, %tid\.x;\s+setp\.eq\.u32 first)", "", good)
+    assert bad != good
+    with pytest.raises(AssertionError, match="no barrier of the CTA"):
+        gates.barrier_before_release(bad)
 
 
 def test_a_store_between_barrier_and_release_does_not_pass():

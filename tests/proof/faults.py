@@ -4,7 +4,7 @@
     stopped      the rank gets SIGSTOP; it is there and never arrives
     late         the rank makes the call after the others have given up
     mismatch     the rank makes another call
-    exception    the rank raises before its call, and makes none
+    exception    the rank raises before its call, makes none, and closes the group on its way out
 
 Each fault is followed by a call that must be refused. Then the ranks that are left end by themselves, and every job
 begins with calls that must be right, on devices where others have just failed.
@@ -41,7 +41,7 @@ EXPECTED = {
     "stopped": ("PeerTimeout", 2.0, True),
     "late": ("PeerTimeout", 2.0, True),
     "mismatch": ("CallMismatch", 1.0, False),
-    "exception": ("PeerTimeout", 2.0, True),
+    "exception": ("PeerClosed", 1.0, False),
 }
 EXIT_S = 5.0
 
@@ -149,6 +149,7 @@ def _suffer_one(
             time.sleep(arena.timeout_s + 1.0)
             began = time.time()
         elif fault.kind == "exception":
+            tpo.close()
             return story
     results.clear() if fault.mode == "eager" else None
     mine = other if fault.kind == "mismatch" and rank == fault.victim else row

@@ -40,109 +40,19 @@
 #include <cuda_runtime.h>
 
 #include "api.h"
-#include "tpo/signal.cuh"
-#include "tpo/vec.cuh"
+#include "tpo/sentinel.cuh"
 
 namespace tpo {
 namespace {
 
-constexpr int kMaxWorld = 8;
-constexpr int kBuffers = 3;
 constexpr int kWatchers = 32;      // one warp a block speaks with the peers about the call; all other threads move data
 constexpr int kDataThreads = 256;  // unless the caller knows better
 constexpr int kMaxDataThreads = 512;
 constexpr int64_t kOpAllReduce = 3;  // in the record
 
-// The parameters are TpoAllReduceArgs (api.h), as they came. This is what each call reads from device memory.
-struct Call {
-  int64_t base[kMaxWorld];  // arena of each rank
-  int64_t epoch;            // of this call
-  int32_t stale_vecs;       // vectors that peers wrote to each slot of buffer (i - 1) % 3 in the previous call
-  int32_t buffer;           // that peers write in this call: i % 3
-  int32_t failed;           // not 0: the group has failed before; touch no peer
-};
-
+// The parameters are TpoAllReduceArgs (api.h), as they came.
 __device__ __forceinline__ int data_threads() { return blockDim.x - kWatchers; }
 __device__ __forceinline__ bool is_watcher() { return threadIdx.x < kWatchers; }
-__host__ __device__ __forceinline__ int vecs_of(int64_t n_elems) {
-  return static_cast<int>((n_elems + kVecElems - 1) / kVecElems);  // a slot is far smaller than 32 GiB
-}
-
-__device__ __forceinline__ char* slot(const TpoAllReduceArgs& args, int64_t base, int buffer, int source) {
-  return reinterpret_cast<char*>(base) + args.sentinel_offset +
-         static_cast<int64_t>(buffer * args.world_size + source) * args.sentinel_bytes;
-}
-
-__device__ __forceinline__ int64_t* header(const TpoAllReduceArgs& args, int64_t base, int64_t epoch, int source) {
-  return reinterpret_cast<int64_t*>(base + args.header_offset) + (epoch & 1) * args.world_size + source;
-}
-
-// ---- phases of the watching warp ----------------------------------------------------------------------------------
-
-// Lane r fetches what concerns rank r, lane 0 the rest; all loads are in flight together.
-__device__ __forceinline__ void read_call(const TpoAllReduceArgs& args, Call* call) {
-  const int lane = threadIdx.x;
-  const int64_t base = lane < args.world_size ? local_peek_relaxed(args.base_table + lane) : 0;
-  if (lane == 0) {
-    const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH);
-    const int64_t buffer = local_peek_relaxed(args.control + TPO_CONTROL_SENTINEL_BUFFER);
-    const int64_t stale_bytes = local_peek_relaxed(args.control + TPO_CONTROL_SENTINEL_BYTES);
-    const int64_t failed = local_peek_relaxed(args.control + TPO_CONTROL_FAILED);
-    call->epoch = epoch + 1;
-    call->stale_vecs = static_cast<int32_t>(stale_bytes / kVecBytes);
-    call->buffer = static_cast<int32_t>(buffer);
-    call->failed = failed != 0;
-  }
-  if (lane < args.world_size) call->base[lane] = base;
-}
-
-// Tell `peer` which call this is, and that whatever we read in earlier calls may be overwritten.
-__device__ __forceinline__ void announce(const TpoAllReduceArgs& args, const Call& call, int peer) {
-  const int64_t base = call.base[peer];
-  // relaxed: the header is about the call and publishes no data
-  notify_relaxed(header(args, base, call.epoch, args.rank), call_word(call.epoch, args.call_hash));
-  // relaxed: the kernels before this one have ended, so their loads have returned, and there is nothing left to order
-  notify_relaxed(reinterpret_cast<int64_t*>(base + args.done_offset) + args.rank, call_word(call.epoch, 0));
-}
-
-// Wait for the header of `peer`, and see whether it calls what we call.
-__device__ __forceinline__ Status await_header(const TpoAllReduceArgs& args, const Call& call, int peer) {
-  const int64_t* own = header(args, call.base[args.rank], call.epoch, peer);
-  const int64_t wanted = call_word(call.epoch, args.call_hash);
-  Patience patience(args.control, args.record, args.timeout_ns);
-  Status status = kOk;
-  int64_t seen = peek_relaxed(own);
-  while (seen >> 16 < call.epoch && (status = patience.spent(peer)) == kOk) seen = peek_relaxed(own);
-  if (status != kOk && (seen = peek_relaxed(own)) >> 16 >= call.epoch) status = kOk;
-  if (status == kOk && seen >> 16 == call.epoch && seen != wanted) status = kMismatch;
-  if (status != kOk) {
-    report_failure(args.control, args.record, status, Waiter{kOpAllReduce, args.rank, peer, blockIdx.x, wanted, seen});
-  }
-  return status;
-}
-
-// Leave the words as the next call on this rank wants them; it cannot start before we end.
-__device__ __forceinline__ void advance(const TpoAllReduceArgs& args, const Call& call) {
-  local_poke_relaxed(args.control + TPO_CONTROL_ARRIVED, 0);
-  local_poke_relaxed(args.control + TPO_CONTROL_SENTINEL_BUFFER, (call.buffer + 1) % kBuffers);
-  local_poke_relaxed(args.control + TPO_CONTROL_SENTINEL_BYTES, int64_t{kVecBytes} * vecs_of(args.n_elems));
-  local_poke_relaxed(args.control + TPO_CONTROL_EPOCH, call.epoch);
-}
-
-// Lane r of the warp speaks with rank r. Every block hears the peers' headers, block 0 alone sends ours.
-__device__ __forceinline__ Status watch(const TpoAllReduceArgs& args, const Call& call) {
-  const int peer = threadIdx.x;
-  const bool is_peer = peer < args.world_size && peer != args.rank && !call.failed;
-  if (is_peer && blockIdx.x == 0) announce(args, call, peer);
-  // Blocks are counted once they have read the call: the last one may advance it. Relaxed, because the words have left
-  // memory here. Asked for before the wait and looked at after it, so that the two latencies lie beside each other.
-  int64_t arrived_before = 0;
-  if (peer == args.rank) arrived_before = count_arrival_relaxed(args.control + TPO_CONTROL_ARRIVED);
-  const Status status = is_peer ? await_header(args, call, peer) : kOk;
-  if (peer == args.rank && arrived_before == gridDim.x - 1) advance(args, call);
-  return call.failed ? kAborted : status;
-}
-
 // ---- phases of the data threads: each owns the vector of its index ------------------------------------------------
 
 __device__ __forceinline__ int own_index() { return blockIdx.x * data_threads() + threadIdx.x - kWatchers; }
@@ -154,20 +64,6 @@ __device__ __forceinline__ void push(const TpoAllReduceArgs& args, const Call& c
   for (int turn = 1; turn < kWorld; ++turn) {
     const int peer = (args.rank + turn) % kWorld;
     push_relaxed(slot(args, call.base[peer], call.buffer, args.rank) + int64_t{kVecBytes} * index, own);
-  }
-}
-
-// Fill what peers wrote in the previous call with sentinels again. Our own slot is never written.
-template <int kWorld>
-__device__ __forceinline__ void clear_stale(const TpoAllReduceArgs& args, const Call& call) {
-  const int stale_buffer = (call.buffer + kBuffers - 1) % kBuffers;
-  const int stride = gridDim.x * data_threads();
-  for (int index = own_index(); index < call.stale_vecs; index += stride) {
-#pragma unroll
-    for (int turn = 1; turn < kWorld; ++turn) {
-      const int source = (args.rank + turn) % kWorld;
-      put(slot(args, call.base[args.rank], stale_buffer, source) + int64_t{kVecBytes} * index, splat(kSentinel));
-    }
   }
 }
 
@@ -200,14 +96,6 @@ __device__ __forceinline__ Status receive_and_add(const TpoAllReduceArgs& args, 
   return kOk;
 }
 
-// The blocks that have not failed may have stored their sums, or be about to, of what came in time: let them end.
-__device__ __forceinline__ void spoil(const TpoAllReduceArgs& args) {
-  for (int i = 0; i < 2000; ++i) __nanosleep(1000);
-  for (int index = threadIdx.x; index < vecs_of(args.n_elems); index += blockDim.x) {
-    store_vec(args.out, index, args.n_elems, splat(kNan));
-  }
-}
-
 // ---- the kernel ---------------------------------------------------------------------------------------------------
 
 template <typename Element, int kWorld>
@@ -226,11 +114,11 @@ __global__ void __launch_bounds__(kMaxDataThreads + kWatchers)
   Status status = kOk;
   Vec total = splat(kNan);
   if (is_watcher()) {
-    status = watch(args, call);
+    status = watch(args, call, kOpAllReduce, vecs_of(args.n_elems));
   } else if (!call.failed) {
     // 1. push, then 2. clear while the data travels, then 3. receive and add
     if (has_data) push<kWorld>(args, call, index, own);
-    clear_stale<kWorld>(args, call);
+    clear_stale(args, call, kWorld, index, gridDim.x * data_threads());
     if (has_data) status = receive_and_add<Element, kWorld>(args, call, index, own, &total);
   }
   // 4. store, once the headers are known to agree too

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 1
+#define TPO_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -33,6 +33,29 @@ typedef struct TpoAllReduceArgs {
   int32_t dtype;        /* 0 bf16, 1 fp16 */
   int32_t data_threads; /* of a block, one vector of 16 bytes each: a multiple of 32 up to 512; 0: chosen */
 } TpoAllReduceArgs;
+
+/* One GEMM + all-reduce for few rows; kernels/gemm_all_reduce_one_shot_sentinel.cu. All but a, b, bias, out and `start`
+ * must be equal on all ranks. */
+typedef struct TpoGemmAllReduceDecodeArgs {
+  TpoAllReduceArgs sum;  /* out: M x N, contiguous; n_elems: M * N; x and data_threads are not looked at */
+  const void* a;         /* M x K of this rank; 16-byte aligned */
+  const void* b;         /* N x K of this rank; 16-byte aligned */
+  const void* bias;      /* N elements, or null; any alignment */
+  int64_t a_stride;      /* elements between rows, multiples of 8 */
+  int64_t b_stride;
+  int32_t M, N, K;       /* M up to 128; M * N * 2, with N rounded up to tile_rows, must not exceed sentinel_bytes */
+  int32_t tile_rows;     /* of b, of a tile: 64, or 128 with M up to 64 */
+  int32_t splits;        /* parts of K, one a block of a cluster: 1, 2, 4 or 8 */
+  int32_t stages;        /* of 64 elements of K, 3..32 as far as shared memory reaches; 0: so that an SM holds two blocks */
+  int32_t start;         /* TpoDecodeStart */
+} TpoGemmAllReduceDecodeArgs;
+
+/* How a call begins, seen from the kernels before it on the stream. */
+enum TpoDecodeStart {
+  TPO_DECODE_IN_ORDER = 0,      /* after they have ended */
+  TPO_DECODE_LAUNCHED_AHEAD = 1, /* its blocks may come earlier, and then wait */
+  TPO_DECODE_WEIGHTS_AHEAD = 2  /* and load of b meanwhile, which none of these kernels may write */
+};
 
 /* Indices into `control`, which starts as zeros. */
 enum TpoControl {
@@ -71,6 +94,12 @@ int tpo_prepare(int world_size);
 
 /* out = sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
 int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream);
+
+/* Loads the kernels of tpo_gemm_all_reduce_decode onto the current device, and lets them have their shared memory. */
+int tpo_gemm_all_reduce_decode_prepare(void);
+
+/* out = sum over ranks of a @ b.T, plus bias, through the sentinel region. M = 0 or N = 0 launches nothing. */
+int tpo_gemm_all_reduce_decode(const TpoGemmAllReduceDecodeArgs* args, void* cuda_stream);
 
 #ifdef __cplusplus
 }

@@ -65,6 +65,12 @@ def _one_shot() -> list[Candidate]:
     return [Candidate(_tiles("one_shot", (*tile, 1)), least, most) for *tile, least, most in _ONE_SHOT]
 
 
+def _decode() -> list[Candidate]:
+    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192."""
+    narrow = [Candidate(f"decode:block_n=64,splits={splits}", most_M=128) for splits in (1, 2)]
+    return narrow + [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+
+
 def _staged(name: str) -> list[Candidate]:
     return [
         Candidate(_tiles(name, tile, stagger), least, most)
@@ -84,6 +90,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *_chunked(),
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
+        *_decode(),
         Candidate("unfused_sentinel", most_M=64),
         Candidate("unfused_nccl"),
     ],

@@ -25,6 +25,7 @@ RULES = {
     "local": (Rounding.F32, SUM),
     "ref": (Rounding.WIRE, RANK_0),
     "one_shot": (Rounding.WIRE, SUM),
+    "decode": (Rounding.WIRE, SUM),
     "two_shot": (Rounding.OWNER_F32, SUM),
     "push": (Rounding.OWNER_F32, SUM),
     "chunked": (Rounding.WIRE, TRAVELLER),  # cuBLAS may round the owner's product before it adds

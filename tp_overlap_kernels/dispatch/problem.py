@@ -20,6 +20,7 @@ PLAN_NAMES = {
     "gemm_all_reduce": (
         "two_shot",
         "one_shot",
+        "decode",
         "chunked",
         "unfused_two_shot",
         "unfused_one_shot",
@@ -40,6 +41,7 @@ PARAM_NAMES = (
     "num_stages",
     "num_warps",
     "group_m",
+    "splits",
     "chunks",
     "own_chunks",
     "taper",

@@ -49,7 +49,7 @@ INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
 # A call of two launches takes the host 10 to 15 us longer than one of a fused kernel: more than decode has. So up to
 # ONE_SHOT_MAX_M a fused plan is taken that measured up to this much slower in a graph, where the host does not count.
 WORTH_A_LAUNCH = 1.1
-ONE_LAUNCH = ("one_shot", "two_shot", "push")
+ONE_LAUNCH = ("one_shot", "decode", "two_shot", "push")
 
 # ---- tiles
 
@@ -60,6 +60,10 @@ TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "nu
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
 TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
+# The CUDA decode kernel: as many blocks as there are SMs, or a few less. Above 32 rows of a, tiles of 128 rows of b:
+# every tile reads a again, which is then at most a third of what comes out of L2. By a model; not measured.
+DECODE_MAX_M, DECODE_WIDE_TILE_MIN_M, DECODE_SMS = 128, 33, 132
+DECODE_MIN_K = 256  # of a part: four stages
 # Interpreter: small enough that small shapes have several tiles.
 TILES_INTERP = {"block_m": 32, "block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4, "group_m": 2}
 # Two chunks each for the peer's and the own rows: the best of 1, 2 and 4 nearly everywhere.
@@ -146,7 +150,7 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 # ---- what a plan needs
 
-_CUDA_ONLY = ("sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
+_CUDA_ONLY = ("decode", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
 _TILED = ("one_shot", "two_shot", "push")
 
 
@@ -174,6 +178,17 @@ def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
 
 
+def _decode_limit(problem: Problem, topology: Topology) -> str | None:
+    if not topology.native:
+        return "the CUDA library is not loaded"
+    if ITEMSIZE[problem.dtype] != 2:
+        return f"the decode kernel takes bfloat16 and float16, not {problem.dtype}"
+    if problem.M > DECODE_MAX_M:
+        return f"the decode kernel takes M <= {DECODE_MAX_M}, not {problem.M}"
+    # Tiles are whole, and of 128 rows at most.
+    return _exceeds(problem.M * -(-problem.N // 128) * 128 * 2, "sentinel", topology.sentinel_bytes)
+
+
 def _chunked_limit(problem: Problem, topology: Topology) -> str | None:
     # With more peers their partials would have to be summed before the beta=1 of the own GEMM can add them.
     return None if topology.world_size == 2 else f"chunked works with world_size=2, not {topology.world_size}"
@@ -188,6 +203,7 @@ _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
     "unfused_one_shot": _one_shot_limit,
     "sentinel": _sentinel_limit,
     "unfused_sentinel": _sentinel_limit,
+    "decode": _decode_limit,
     "chunked": _chunked_limit,
     "nccl": _nccl_limit,
     "unfused_nccl": _nccl_limit,
@@ -294,6 +310,8 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
     """Parameters of plan `name` where nobody gave any: the constants of this file, fitted to the shape."""
     if name == "chunked":
         return CHUNKS
+    if name == "decode":
+        return _decode_params(problem)
     if problem.op == "all_reduce" or name not in _TILED:
         return {}
     if topology.backend == "interp":
@@ -306,3 +324,13 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
     large = TILES_LARGE_M
     tiles = -(-problem.M // large["block_m"]) * -(-problem.N // large["block_n"])
     return large if tiles >= FEW_TILES else TILES_FEW
+
+
+def _decode_params(problem: Problem) -> dict[str, int]:
+    """Tiles of the weight's rows, and in how many parts K is split so that there is a block for every SM."""
+    block_n = 128 if DECODE_WIDE_TILE_MIN_M <= problem.M <= 64 else 64
+    tiles = -(-problem.N // block_n)
+    splits = 1
+    while splits < 8 and 2 * splits * tiles <= DECODE_SMS and problem.K >= 2 * splits * DECODE_MIN_K:
+        splits *= 2
+    return {"block_n": block_n, "splits": splits}

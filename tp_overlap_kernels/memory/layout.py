@@ -1,7 +1,7 @@
 """The arena's layout: what lies where, as a pure function of capacity. No shape of a call ever moves an address.
 
     offset 0      pads      64-bit slots: done, headers, one-shot flags, partial flags, result flags
-                  sentinel  3 buffers x W slots, for the one-shot all-reduce that needs no flags
+                  sentinel  3 buffers x W slots, for the one-shot kernels that need no flags
                   one-shot  2 halves x W slots, for the one-shot kernels
                   staging   W - 1 slots of ceil(max_M / W) rows: the partials that peers push to the rows we own
                   result    max_M rows: the sums that their owners push to us, on the way to the caller's fresh tensor
@@ -22,6 +22,7 @@ _NARROWEST_TILE = 32  # columns: of these, every owner has flags for one row of 
 _ONE_SHOT_TILES = 2048
 _MAX_ONE_SHOT_BYTES = 8 << 20
 _MAX_SENTINEL_BYTES = 256 << 10
+_MAX_SPARE_SENTINEL_BYTES = 1 << 20  # where nothing else wants it: 64 rows of 8192 columns, for the decode kernel
 
 
 def align_up(value: int, to: int = ALIGNMENT_BYTES) -> int:
@@ -61,7 +62,7 @@ class Layout:
     tile_slots: int
     one_shot_tiles: int
     sentinel: int
-    sentinel_bytes: int  # largest message of the sentinel kernel
+    sentinel_bytes: int  # largest message of the sentinel kernels
     one_shot: int
     one_shot_bytes: int  # largest message (M * pitch(N) * itemsize) of the one-shot kernels
     staging: int
@@ -114,6 +115,9 @@ def layout(max_M: int, max_N: int, itemsize: int, world_size: int) -> Layout:
     sentinel_bytes = min(_MAX_SENTINEL_BYTES, align_down(max(spare, 0) // 2 // (3 * W)))
     spare -= 3 * W * sentinel_bytes
     one_shot_bytes = min(_MAX_ONE_SHOT_BYTES, align_down(max(spare, 0) // (2 * W)))
+    spare -= 2 * W * one_shot_bytes
+    more = min(_MAX_SPARE_SENTINEL_BYTES - sentinel_bytes, align_down(max(spare, 0) // (3 * W)))
+    sentinel_bytes += more if one_shot_bytes == _MAX_ONE_SHOT_BYTES else 0
     sentinel = end
     one_shot = sentinel + 3 * W * sentinel_bytes
     staging = one_shot + 2 * W * one_shot_bytes

@@ -89,11 +89,12 @@ def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tens
 
 
 def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
-    from . import launches
+    from . import decode, launches
     from .chunked import gemm_all_reduce_chunked
 
     run = {
         "one_shot": launches.gemm_all_reduce_one_shot,
+        "decode": decode.run,
         "two_shot": launches.gemm_all_reduce_two_shot,
         "chunked": gemm_all_reduce_chunked,
     }[plan.name]

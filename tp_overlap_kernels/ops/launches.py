@@ -20,6 +20,7 @@ from ..kernels.reduce_scatter_push import reduce_scatter_push
 from ..lang.launch import Issued, Launch, specialisation
 from ..memory.arena import Arena
 from ..memory.layout import align_up, pitch, rows_per_rank
+from . import decode
 from .operands import describe
 
 LINK_BYTES_PER_NS = 350  # what stores of SMs reach, both directions busy, H200
@@ -55,6 +56,8 @@ def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
     if plan.name == "one_shot":
         by_flags = room.one_shot_tiles // -(-N // plan["block_n"]) * plan["block_m"]
         rows = min(room.one_shot_bytes // (pitch(N) * itemsize), by_flags)
+    elif plan.name == "decode":
+        rows = decode.rows_that_fit(arena, plan, N)
     elif plan.name in ("two_shot", "push"):
         tiles_down = room.tile_slots // W // -(-N // plan["block_n"])
         rows = min(rows, tiles_down * plan["block_m"] * W)

@@ -168,7 +168,6 @@ __device__ __forceinline__ int load_ahead(const Params& params, const Memory<Sha
 template <typename Shape>
 __device__ __forceinline__ void load_stages(const Params& params, const Memory<Shape>& memory, const Work<Shape>& work,
                                             int ahead) {
-  wait_for_kernels_before();
   for (int i = 0; i < ahead; ++i) load_a(params, memory, work.first + i, i);
   Place place;
   for (int k = work.first + ahead; k < work.last; ++k) {
@@ -432,7 +431,6 @@ __device__ __forceinline__ void store(const TpoGemmAllReduceDecodeArgs& args, co
 template <typename Shape>
 __device__ __forceinline__ Status watch_call(const TpoGemmAllReduceDecodeArgs& args, const Memory<Shape>& memory,
                                              const Work<Shape>& work, Call* call) {
-  wait_for_kernels_before();
   read_call(args.sum, call);
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(memory.called());
@@ -465,6 +463,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   __syncwarp();
   cluster_barrier_relaxed();  // the barriers' inits have been published
+  wait_for_kernels_before();  // by every thread: what it reads may be theirs, and what it writes they may still read
 
   Status status = kOk;
   Vec total[Shape::kVecs];
@@ -474,7 +473,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     status = watch_call(args, memory, work, &call);
   } else {
     // 1. multiply, and put the parts of K together
-    wait_for_kernels_before();  // who may still read what out was before
     float d[Shape::kCols / 2];
     multiply<Element>(memory, work, threadIdx.x / 128, d);
     share_sums(memory, args, d);

@@ -1,0 +1,126 @@
+"""The decode kernel, compiled for sm_90a and read as PTX and SASS: no GPU and no driver needed, only nvcc."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from tests import ptx
+from tests.csrc.test_sass import CSRC, NVCC, Compiled, opcodes, pytestmark  # noqa: F401
+
+SHAPES = [(cols, groups) for groups in (1, 2) for cols in (8, 16, 32, 64, 128) if (cols, groups) != (128, 2)]
+
+
+@pytest.fixture(scope="module")
+def decode(tmp_path_factory) -> Compiled:
+    folder = tmp_path_factory.mktemp("sass")
+    source = CSRC / "kernels" / "gemm_all_reduce_one_shot_sentinel.cu"
+    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v"]
+    command += [
+        "--keep",
+        "--keep-dir",
+        folder,
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
+        "-o",
+        folder / "out.cubin",
+        source,
+    ]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    (ptx_file,) = folder.glob("*.ptx")
+    dump = subprocess.run([ptx.CUOBJDUMP, "-sass", folder / "out.cubin"], check=True, capture_output=True, text=True)
+    return Compiled(
+        ptx=dict(re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}\n", ptx_file.read_text(), flags=re.S)),
+        sass=dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump.stdout, flags=re.S)),
+        report=report,
+    )
+
+
+def entry(listing: dict[str, str], cols: int, groups: int, element: str = "Bf16") -> str:
+    (found,) = (text for name, text in listing.items() if re.search(rf"{element}.*ILi{cols}ELi{groups}E", name))
+    return found
+
+
+def test_every_element_and_shape_is_compiled(decode):
+    assert len(decode.sass) == len(decode.ptx) == 2 * len(SHAPES)
+
+
+def test_nothing_spills_and_two_blocks_share_an_sm(decode):
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", decode.report)
+    assert len(usage) == 2 * len(SHAPES) and set(usage) == {("0", "0", "0")}
+    registers = sorted(int(count) for count in re.findall(r"Used (\d+) registers", decode.report))
+    # 65536 registers for two blocks of 192 or 320 threads; with 128 columns, whose stages are large, one block will do
+    assert registers[-3] <= 65536 // 2 // 320 // 8 * 8 + 8 and registers[-1] <= 65536 // 320, registers
+    assert "wgmma" not in decode.report, "products are serialised"
+
+
+@pytest.mark.parametrize("cols, groups", SHAPES)
+def test_products_run_in_a_row_and_are_waited_for_once_a_stage(decode, cols, groups):
+    code = opcodes(entry(decode.sass, cols, groups))
+    products = [op for op in code if op.startswith("HGMMA")]
+    assert products == [f"HGMMA.64x{cols}x16.F32.BF16"] * 4
+    first = code.index(products[0])
+    last = len(code) - 1 - code[::-1].index(products[0])
+    between = [op for op in code[first:last] if op.startswith(("WARPGROUP", "BAR", "SYNCS", "MEMBAR", "LDG", "STG"))]
+    assert not between
+    assert code.count("WARPGROUP.DEPBAR.LE") == 2
+
+
+@pytest.mark.parametrize("cols, groups", SHAPES)
+def test_data_travels_in_16_byte_accesses_at_system_scope(decode, cols, groups):
+    code = opcodes(entry(decode.sass, cols, groups))
+    vecs = max(1, cols // 16)  # of a thread
+    assert code.count("STG.E.128.STRONG.SYS") == vecs
+    assert code.count("LDG.E.128.STRONG.SYS") == vecs
+    last_push = len(code) - 1 - code[::-1].index("STG.E.128.STRONG.SYS")
+    first_poll = code.index("LDG.E.128.STRONG.SYS", last_push)
+    assert not [op for op in code[last_push:first_poll] if op.startswith(("MEMBAR", "BAR", "CCTL", "ATOM"))]
+
+
+def before_the_wait(text: str) -> list[str]:
+    """The instructions of an entry that a thread may reach without having passed `griddepcontrol.wait`."""
+    blocks, name = {"": []}, ""
+    for line in text.split("\n"):
+        if label := re.match(r"\s*(\$L\w+):", line):
+            blocks[name].append(f"bra {label[1]};")  # falls through
+            name = label[1]
+            blocks[name] = []
+        elif line.strip().endswith(";"):
+            blocks[name].append(line.strip())
+    reached, todo, found = set(), [""], []
+    while todo:
+        name = todo.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        for line in blocks[name]:
+            if "griddepcontrol.wait" in line or re.match(r"ret;|exit;", line):
+                break
+            found.append(line)
+            if jump := re.search(r"\bbra\S*\s+(\$L\w+);", line):
+                todo.append(jump[1])
+                if not line.startswith("@"):
+                    break
+    return found
+
+
+def test_only_the_copy_engine_goes_ahead_of_the_kernels_before(decode):
+    for name, text in decode.ptx.items():
+        ahead = before_the_wait(text)
+        assert not [line for line in ahead if re.search(r"\b(ld|st|atom|red)\.\S*global|ldu\b", line)], name
+        assert any("cp.async.bulk.tensor" in line for line in ahead), "the weight does not go ahead"
+        assert not [line for line in ahead if "launch_dependents" in line], name
+
+
+def test_an_access_on_any_path_before_the_wait_is_found():
+    text = "@%p1 bra $L__1;\ngriddepcontrol.wait;\n$L__1:\nld.global.b32 %r1, [%rd1];\nret;"
+    assert "ld.global.b32 %r1, [%rd1];" in before_the_wait(text)
+    assert "ld.global.b32 %r1, [%rd1];" not in before_the_wait(text.replace("@%p1 bra $L__1;\n", ""))
+
+
+def test_waits_are_bounded_and_only_a_failure_is_published_with_a_release(decode):
+    for text in decode.ptx.values():
+        assert text.count("%globaltimer") >= 2  # header and data
+        assert text.count("st.release.sys.global.b64") == text.count("atom.acq_rel.gpu.global.cas.b64") > 0

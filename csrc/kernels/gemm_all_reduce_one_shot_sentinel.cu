@@ -72,6 +72,7 @@ struct Shape {
   static constexpr int kVecs = std::max(1, kCols * kTileVecs / kDataThreads);  // that a thread sums, at most
   static constexpr int kPitch = kTileRows + 4;  // f32 of a row of sums: 8 lanes that differ in row and column meet no bank twice
   static constexpr int kSumsBytes = kCols * kPitch * 4;
+  static constexpr int kBlocksOfSm = kCols <= 64 ? 2 : 1;  // so that the next kernel's blocks find room beside ours
   static constexpr int kStagesForPair =
       std::min(kMaxStages, (kSharedOfBlockPair - kStaticBytes - kAlignmentBytes - 16 * kMaxStages - 16) / kStageBytes);
   static_assert(kSumsBytes <= kMinStages * kStageBytes, "the sums take the place of the first stages");
@@ -138,6 +139,7 @@ __device__ __forceinline__ void init_barriers(const Memory<Shape>& memory, int s
   barrier_init(memory.called(), 1);
   barrier_init(memory.summed(), splits);
   publish_barrier_inits();
+  publish_to_tma();  // this thread loads before it meets anybody
 }
 
 template <typename Shape>
@@ -291,20 +293,28 @@ __device__ __forceinline__ void share_sums(const Memory<Shape>& memory, const Tp
   barrier_wait_in_cluster(memory.summed(), 0);
 }
 
-// Where the vectors of a thread are. col: row of a and of out; n: element in that row; index: in a slot, < 0: none.
+// Which vectors are this thread's, by v < kVecs, and where they are. Computed where they are wanted, to save registers.
 template <typename Shape>
 struct Vecs {
-  int col[Shape::kVecs], n[Shape::kVecs], index[Shape::kVecs];
+  const Work<Shape>& work;
+  int index;      // of the first in a slot
+  uint32_t mine;  // bit v: there is such a vector, and it begins within N
 
-  __device__ Vecs(const TpoGemmAllReduceDecodeArgs& args, const Work<Shape>& work) {
+  __device__ Vecs(const TpoGemmAllReduceDecodeArgs& args, const Work<Shape>& its_work) : work(its_work), mine(0) {
     const int count = args.M * work.vecs;
+    index = static_cast<int>(blockIdx.x) * count + threadIdx.x;
 #pragma unroll
-    for (int v = 0; v < Shape::kVecs; ++v) {
-      const int i = threadIdx.x + v * Shape::kDataThreads;
-      col[v] = i >> work.vecs_log2;
-      n[v] = work.row + kVecElems * (work.first_vec + (i & (work.vecs - 1)));
-      index[v] = i < count && n[v] < args.N ? static_cast<int>(blockIdx.x) * count + i : -1;
-    }
+    for (int v = 0; v < Shape::kVecs; ++v) mine |= (place(v) < count && n(v) < args.N ? 1u : 0u) << v;
+  }
+  __device__ __forceinline__ bool has(int v) const { return mine >> v & 1; }
+  __device__ __forceinline__ int place(int v) const { return threadIdx.x + v * Shape::kDataThreads; }  // in the block
+  __device__ __forceinline__ int col(int v) const { return place(v) >> work.vecs_log2; }  // row of a and of out
+  __device__ __forceinline__ int row(int v) const {  // of the tile
+    return kVecElems * (work.first_vec + (place(v) & (work.vecs - 1)));
+  }
+  __device__ __forceinline__ int n(int v) const { return work.row + row(v); }  // element of a row of out
+  __device__ __forceinline__ int64_t offset(int v) const {                     // in a slot
+    return int64_t{kVecBytes} * (index + v * Shape::kDataThreads);
   }
 };
 
@@ -333,11 +343,11 @@ struct Sum {
 // This rank's partial, rounded: the parts of K in order.
 template <typename Element, typename Shape>
 __device__ __forceinline__ void read_partial(const Memory<Shape>& memory, const TpoGemmAllReduceDecodeArgs& args,
-                                             const Work<Shape>& work, const Vecs<Shape>& vecs, Vec (&own)[Shape::kVecs]) {
+                                             const Vecs<Shape>& vecs, Vec (&own)[Shape::kVecs]) {
 #pragma unroll
   for (int v = 0; v < Shape::kVecs; ++v) {
-    if (vecs.index[v] < 0) continue;
-    const uint32_t from = memory.sum(vecs.col[v], vecs.n[v] - work.row);
+    if (!vecs.has(v)) continue;
+    const uint32_t from = memory.sum(vecs.col(v), vecs.row(v));
     Sum sum = {};
     if (args.splits == 1) {
       sum.add(get_sums(from), get_sums(from + 16));
@@ -359,7 +369,7 @@ __device__ __forceinline__ void push(const TpoAllReduceArgs& args, const Call& c
     char* to = slot(args, call.base[peer], call.buffer, args.rank);
 #pragma unroll
     for (int v = 0; v < Shape::kVecs; ++v) {
-      if (vecs.index[v] >= 0) push_relaxed(to + int64_t{kVecBytes} * vecs.index[v], own[v]);
+      if (vecs.has(v)) push_relaxed(to + vecs.offset(v), own[v]);
     }
   }
 }
@@ -373,10 +383,10 @@ __device__ __forceinline__ Status receive(const TpoAllReduceArgs& args, const Ca
     bool is_missing = false;
 #pragma unroll
     for (int v = 0; v < Shape::kVecs; ++v) {
-      if (vecs.index[v] >= 0) from[v] = poll_relaxed(own_slot + int64_t{kVecBytes} * vecs.index[v]);
+      if (vecs.has(v)) from[v] = poll_relaxed(own_slot + vecs.offset(v));
     }
 #pragma unroll
-    for (int v = 0; v < Shape::kVecs; ++v) is_missing |= vecs.index[v] >= 0 && holds_sentinel(from[v]);
+    for (int v = 0; v < Shape::kVecs; ++v) is_missing |= vecs.has(v) && holds_sentinel(from[v]);
     if (!is_missing) return kOk;
     if (status != kOk) {
       const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, source));
@@ -403,13 +413,13 @@ __device__ __forceinline__ Status receive_and_add(const TpoGemmAllReduceDecodeAr
     }
 #pragma unroll
     for (int v = 0; v < Shape::kVecs; ++v) {
-      if (vecs.index[v] >= 0) sum[v].template add<Element>(source == args.sum.rank ? own[v] : from[v]);
+      if (vecs.has(v)) sum[v].template add<Element>(source == args.sum.rank ? own[v] : from[v]);
     }
   }
 #pragma unroll
   for (int v = 0; v < Shape::kVecs; ++v) {
-    if (vecs.index[v] < 0) continue;
-    if (args.bias != nullptr) sum[v].template add<Element>(load_vec(args.bias, vecs.n[v] / kVecElems, args.N));
+    if (!vecs.has(v)) continue;
+    if (args.bias != nullptr) sum[v].template add<Element>(load_vec(args.bias, vecs.n(v) / kVecElems, args.N));
     total[v] = sum[v].template rounded<Element>();
   }
   return kOk;
@@ -420,9 +430,9 @@ __device__ __forceinline__ void store(const TpoGemmAllReduceDecodeArgs& args, co
                                       const Vec (&total)[Shape::kVecs], bool agreed) {
 #pragma unroll
   for (int v = 0; v < Shape::kVecs; ++v) {
-    if (vecs.index[v] < 0) continue;
-    uint16_t* row = static_cast<uint16_t*>(args.sum.out) + int64_t{args.N} * vecs.col[v];
-    store_vec(row, vecs.n[v] / kVecElems, args.N, agreed ? total[v] : splat(kNan));
+    if (!vecs.has(v)) continue;
+    uint16_t* row = static_cast<uint16_t*>(args.sum.out) + int64_t{args.N} * vecs.col(v);
+    store_vec(row, vecs.n(v) / kVecElems, args.N, agreed ? total[v] : splat(kNan));
   }
 }
 
@@ -444,7 +454,7 @@ __device__ __forceinline__ Status watch_call(const TpoGemmAllReduceDecodeArgs& a
 // ---- the kernel -------------------------------------------------------------------------------------------------------
 
 template <typename Element, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksOfSm)
     gemm_all_reduce_one_shot_sentinel(const __grid_constant__ Params params) {
   extern __shared__ uint8_t window[];
   __shared__ Call call;
@@ -478,7 +488,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     share_sums(memory, args, d);
     const Vecs<Shape> vecs(args, work);
     Vec own[Shape::kVecs];
-    read_partial<Element>(memory, args, work, vecs, own);
+    read_partial<Element>(memory, args, vecs, own);
     barrier_wait(memory.called(), 0);
     if (!call.failed) {
       // 2. push, 3. receive and add

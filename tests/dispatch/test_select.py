@@ -216,6 +216,10 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("unfused_one_shot", gemm(AR, 512), h200(one_shot_bytes=MIB), "exceeds the one-shot region"),
         ("unfused_sentinel", gemm(AR, 512), h200(), "exceeds the sentinel region of 1048576"),
         ("unfused_sentinel", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
+        ("decode", gemm(AR, 129), h200(sentinel_bytes=8 * MIB), "takes M <= 128, not 129"),
+        ("decode", gemm(AR, 64, N=8193), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
+        ("decode", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
+        ("decode", gemm(AR, 1), cpu("interp"), "no CPU twin"),
         ("sentinel", elements(64, dtype="float32"), h200(), "not float32"),
         ("chunked", gemm(AR, 8192, world_size=4), h200(4), "world_size=2, not 4"),
         ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
@@ -290,3 +294,21 @@ def test_dispatch_loads_no_triton_and_starts_no_cuda():
         "assert torch is None or not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "block_n", "splits"),
+    [
+        (1, 8192, 4096, 64, 1),  # 128 blocks
+        (16, 4096, 2048, 64, 2),
+        (64, 8192, 4096, 128, 2),
+        (64, 4096, 7168, 128, 4),
+        (65, 4096, 7168, 64, 2),
+        (16, 512, 4096, 64, 8),  # no cluster is larger
+        (16, 512, 512, 64, 2),  # a part has four stages at least
+        (16, 16384, 4096, 64, 1),
+    ],
+)
+def test_the_decode_kernel_has_a_block_for_every_sm_where_k_can_be_split(M, N, K, block_n, splits):
+    plan = select(gemm(AR, M, N, K), h200(sentinel_bytes=4 * MIB), forced="decode")
+    assert (plan["block_n"], plan["splits"]) == (block_n, splits)

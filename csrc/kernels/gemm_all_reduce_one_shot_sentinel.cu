@@ -36,6 +36,7 @@
 #include <algorithm>
 
 #include "api.h"
+#include "tpo/cluster.cuh"
 #include "tpo/dependent_launch.cuh"
 #include "tpo/mbarrier.cuh"
 #include "tpo/sentinel.cuh"
@@ -49,6 +50,7 @@ constexpr int64_t kOpGemmAllReduce = 1;  // in the record
 constexpr int kStageK = kBoxCols;        // elements of K in a stage: one box of b for each 64 rows, one of a
 constexpr int kGroupRows = 64;           // rows of b that a warpgroup multiplies
 constexpr int kMinStages = 3, kMaxStages = 32;
+constexpr int kFetchedStages = 8;     // of b, beyond the ring: to L2, where the block begins ahead
 constexpr int kServiceThreads = 64;  // behind the computing warps: the producer, then the watchers
 constexpr int kAlignmentBytes = kSwizzleBytes;
 constexpr int kSharedOfBlockPair = 233472 / 2 - 1024;  // bytes a block may have where an SM is to hold two of them
@@ -164,6 +166,15 @@ __device__ __forceinline__ int load_ahead(const Params& params, const Memory<Sha
   if (params.args.start != TPO_DECODE_WEIGHTS_AHEAD) wait_for_kernels_before();
   const int ahead = min(work.last - work.first, memory.stages);
   for (int i = 0; i < ahead; ++i) load_b(params, memory, work, work.first + i, i);
+  if (params.args.start == TPO_DECODE_WEIGHTS_AHEAD) {
+    // At K=1024 this is all there is: the rest then comes from L2.
+    const int last = min(work.last, work.first + ahead + kFetchedStages);
+    for (int k = work.first + ahead; k < last; ++k) {
+      for (int group = 0; group < Shape::kGroups; ++group) {
+        fetch_box(&params.b, work.row + group * kGroupRows, k * kStageK);
+      }
+    }
+  }
   return ahead;
 }
 
@@ -218,57 +229,10 @@ __device__ __forceinline__ void multiply(const Memory<Shape>& memory, const Work
   mma_pin(d);
 }
 
-__device__ __forceinline__ void put_sum(uint32_t to, float value) {
-  asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
-}
-
-// Arrive at the barrier of the same address in `block` of the cluster: whoever waits for it there sees what this thread has
-// stored or seen.
-__device__ __forceinline__ void barrier_arrive_in_cluster(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
-      "r"(block)
-      : "memory");
-}
-
-// As barrier_wait, for what other blocks of the cluster have stored.
-__device__ __forceinline__ void barrier_wait_in_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t over = 0;
-  while (!over) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(over)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
-}
-
-__device__ __forceinline__ float4 get_sums(uint32_t from) {
-  float4 v;
-  asm volatile("ld.shared::cta.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ float4 get_sums_of_block(uint32_t from, uint32_t block) {
-  float4 v;
-  asm volatile(
-      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %4, %5;\n\t"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n\t}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(from), "r"(block)
-      : "memory");
-  return v;
-}
-
 // All computing threads of the block.
 template <typename Shape>
 __device__ __forceinline__ void data_barrier() {
-  asm volatile("bar.sync 1, %0;" ::"n"(Shape::kDataThreads) : "memory");
+  barrier_of_threads<1, Shape::kDataThreads>();
 }
 
 // The sums of this block's part of K, transposed, to where all blocks of the cluster find them.
@@ -283,7 +247,7 @@ __device__ __forceinline__ void share_sums(const Memory<Shape>& memory, const Tp
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int col = 8 * i + 2 * (lane % 4) + j % 2;
-      if (col < args.M) put_sum(memory.sum(col, row + 8 * (j / 2)), d[4 * i + j]);
+      if (col < args.M) put_float(memory.sum(col, row + 8 * (j / 2)), d[4 * i + j]);
     }
   }
   data_barrier<Shape>();
@@ -350,10 +314,10 @@ __device__ __forceinline__ void read_partial(const Memory<Shape>& memory, const 
     const uint32_t from = memory.sum(vecs.col(v), vecs.row(v));
     Sum sum = {};
     if (args.splits == 1) {
-      sum.add(get_sums(from), get_sums(from + 16));
+      sum.add(get_floats(from), get_floats(from + 16));
     } else {
       for (int part = 0; part < args.splits; ++part) {
-        sum.add(get_sums_of_block(from, part), get_sums_of_block(from + 16, part));
+        sum.add(get_floats_of_block(from, part), get_floats_of_block(from + 16, part));
       }
     }
     own[v] = without_negative_zero(sum.template rounded<Element>());

@@ -2,6 +2,8 @@
 // In a kernel that is launched in the ordinary way these words do nothing.
 #pragma once
 
+#include <cuda.h>
+
 namespace tpo {
 
 // Until the kernels before have ended and all they wrote is seen. Nothing that they write may be read before, and nothing
@@ -10,5 +12,10 @@ __device__ __forceinline__ void wait_for_kernels_before() { asm volatile("gridde
 
 // Once every block has said so, or has ended, the next kernel may begin. It waits by itself for what it needs of this one.
 __device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// The box at (row, col) to L2, for a load to come.
+__device__ __forceinline__ void fetch_box(const CUtensorMap* map, int row, int col) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(col), "r"(row) : "memory");
+}
 
 }  // namespace tpo

@@ -20,6 +20,7 @@ MAX_M, MAX_N = 8192, 8192
 OPS = torch.ops.tp_overlap
 GEMM_PLANS = (
     "one_shot",
+    "decode",
     "two_shot",
     "chunked",
     "unfused_one_shot",
@@ -178,9 +179,9 @@ def late_ranks(rank: int, W: int) -> None:
     group = group_name()
     case = Case(300, 1024, 256, torch.bfloat16, W, "late")
     for late in range(W):
-        for call, plan in enumerate(("one_shot", "two_shot", "unfused_sentinel", "unfused_two_shot")):
+        for call, plan in enumerate(("one_shot", "decode", "two_shot", "unfused_sentinel", "unfused_two_shot")):
             a, b = operands(case, rank, call)
-            if plan == "unfused_sentinel":
+            if plan in ("unfused_sentinel", "decode"):
                 a = a[:32]
             if rank == late:
                 torch.cuda._sleep(20_000_000)
@@ -254,7 +255,7 @@ def a_rank_that_closes_ends_the_waits_for_it(rank: int, W: int) -> None:
     group, arena = group_name(), arenas.get(group_name())
     arena.timeout_s = 60.0
     a, b = torch.ones(64, 256, device="cuda").bfloat16(), torch.ones(512, 256, device="cuda").bfloat16()
-    for plan in ("one_shot", "two_shot", "unfused_sentinel"):
+    for plan in ("one_shot", "decode", "two_shot", "unfused_sentinel"):
         with tpo.force_plan(plan):
             OPS.gemm_all_reduce(a, b, group)  # compiled, where it is not yet
             torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.kernels.gemm_all_reduce_one_shot_sentinel import Start
 from tp_overlap_kernels.memory import arena as arenas
-from tp_overlap_kernels.ops import decode
+from tp_overlap_kernels.ops import decode, prepared
 
 PLAN = Plan.parse("decode:block_n=64,splits=2")
 M, N, K = 4, 96, 64
@@ -24,9 +24,7 @@ class Fake:
     def __init__(self, monkeypatch, arena):
         self.calls, self.arena = [], arena
         arena.cache["decode"] = lambda *args: self.calls.append(args)
-        self.capturing = False
         monkeypatch.setattr(decode, "stream_of", lambda index: 5)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
 
     def run(self, b, bias=None, a=None):
         out = torch.empty(M, b.shape[0], dtype=b.dtype)
@@ -58,7 +56,13 @@ def test_a_weight_goes_ahead_once_it_is_known_to_be_at_rest(fake):
     assert fake.starts() == ["LAUNCHED_AHEAD"] * 2 + ["WEIGHTS_AHEAD"] * 3
 
 
-@pytest.mark.parametrize("write", [lambda b: b.add_(1), lambda b: b[0].zero_(), lambda b: torch.neg(weight(), out=b)])
+def swap(b):
+    b.data = weight()
+
+
+@pytest.mark.parametrize(
+    "write", [lambda b: b.add_(1), lambda b: b[0].zero_(), lambda b: torch.neg(weight(), out=b), swap]
+)
 def test_a_weight_that_was_written_waits_for_its_writer(fake, write):
     b = weight()
     fake.run(b)
@@ -106,16 +110,16 @@ def test_the_launcher_gets_sizes_strides_and_the_bias(fake):
     assert fake.calls == [(*pointers, M, N, K, K, 80, 1, 64, 2, 0, Start.LAUNCHED_AHEAD, 7, 5)]
 
 
-def test_the_short_way_takes_other_addresses_but_not_in_a_capture(fake):
-    b = weight()
+def test_the_short_way_takes_other_addresses_and_is_shown_the_weight(fake):
+    b, other = weight(), weight()
     issued, a, out = fake.run(b)
-    again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=out.data_ptr(), out_ptr=out.data_ptr())
-    assert again(16, 32, 64, 64)
-    assert fake.calls[-1][:4] == (16, 32, 0, 64), "there is no bias"
-    assert fake.starts() == ["LAUNCHED_AHEAD"] * 2, "it knows no tensor that could be at rest"
-    fake.capturing = True
-    assert not again(16, 32, 64, 64)
-    assert not fake.calls
+    call = prepared.Prepared(fake.arena.turn, None, out)
+    call.learn(issued, a, b, None, out)
+    for x in (other, b, other, other):
+        call.gemm(a, x, None, out)
+    assert [call[1] for call in fake.calls[1:]] == [x.data_ptr() for x in (other, b, other, other)]
+    assert not any(call[2] for call in fake.calls), "there is no bias"
+    assert fake.starts() == ["LAUNCHED_AHEAD"] * 2 + ["WEIGHTS_AHEAD"] * 3
 
 
 def test_there_is_no_short_way_where_an_operand_was_copied(fake):

@@ -39,13 +39,14 @@ class Prepared:
     turn: of the group, in which it is issued. shape, strides: of the output that the functional op returns.
     """
 
-    __slots__ = ("again", "any_address", "issue", "product", "shape", "strides", "takes_bias", "turn")
+    __slots__ = ("again", "any_address", "issue", "product", "see", "shape", "strides", "takes_bias", "turn")
 
     def __init__(self, turn: Turn, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
         self.turn, self.issue = turn, issue
         self.shape, self.strides = tuple(out.shape), out.stride()
         self.again: Callable[..., bool] | None = None
         self.product: Callable[..., Tensor] | None = None  # what comes before `again`
+        self.see: Callable[[Tensor], None] | None = None  # shown b, where an address is not enough
         self.takes_bias = True  # whether `again` adds the bias; the product does otherwise
         self.any_address = any_address  # whether `again` takes addresses that are no multiples of 16
 
@@ -56,6 +57,7 @@ class Prepared:
         at = {"bias_ptr": (out if bias is None else bias).data_ptr(), "out_ptr": out.data_ptr()}
         if not isinstance(issued, Behind):
             self.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), **at)
+            self.see = getattr(issued, "see", None)
             return
         if not issued.takes_bias:
             del at["bias_ptr"]
@@ -75,6 +77,8 @@ class Prepared:
         bias_ptr = out_ptr if bias is None else bias.data_ptr()
         if self.product is None:
             a_ptr, b_ptr = a.data_ptr(), b.data_ptr()
+            if self.see is not None:
+                self.see(b)
             return not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and again(a_ptr, b_ptr, bias_ptr, out_ptr)
         read = self.product(a, b, bias, out)  # lives until the launch is made
         x_ptr = read.data_ptr()

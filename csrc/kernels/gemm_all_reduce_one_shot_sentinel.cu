@@ -72,6 +72,7 @@ struct Shape {
   static constexpr int kBytesOfB = kTileRows * kBoxRowBytes, kBytesOfA = kCols * kBoxRowBytes;
   static constexpr int kStageBytes = kBytesOfB + kBytesOfA;
   static constexpr int kVecs = std::max(1, kCols * kTileVecs / kDataThreads);  // that a thread sums, at most
+  static constexpr int kSources = std::max(1, 4 / kVecs);  // ranks that a thread polls at a time
   static constexpr int kPitch = kTileRows + 4;  // f32 of a row of sums: 8 lanes that differ in row and column meet no bank twice
   static constexpr int kSumsBytes = kCols * kPitch * 4;
   static constexpr int kBlocksOfSm = kCols <= 64 ? 2 : 1;  // so that the next kernel's blocks find room beside ours
@@ -338,30 +339,38 @@ __device__ __forceinline__ void push(const TpoAllReduceArgs& args, const Call& c
   }
 }
 
-// Wait until all of the thread's vectors have come from `source`.
+// Wait until all of the thread's vectors have come from the ranks that begin with `first`, as many as `from` holds.
 template <typename Shape>
-__device__ __forceinline__ Status receive(const TpoAllReduceArgs& args, const Call& call, int source,
-                                          const Vecs<Shape>& vecs, Patience* patience, Vec (&from)[Shape::kVecs]) {
-  const char* own_slot = slot(args, call.base[args.rank], call.buffer, source);
-  for (Status status = kOk;; status = patience->spent(source)) {
-    bool is_missing = false;
+__device__ __forceinline__ Status receive(const TpoAllReduceArgs& args, const Call& call, int first,
+                                          const Vecs<Shape>& vecs, Patience* patience,
+                                          Vec (&from)[Shape::kSources][Shape::kVecs]) {
+  const char* slots = slot(args, call.base[args.rank], call.buffer, first);
+  const auto is_wanted = [&](int source, int v) {
+    return source < args.world_size && source != args.rank && vecs.has(v);
+  };
+  for (Status status = kOk;;) {
+    int missing = -1;
 #pragma unroll
-    for (int v = 0; v < Shape::kVecs; ++v) {
-      if (vecs.has(v)) from[v] = poll_relaxed(own_slot + vecs.offset(v));
+    for (int i = 0; i < Shape::kSources * Shape::kVecs; ++i) {  // all are in flight together
+      const int s = i / Shape::kVecs, v = i % Shape::kVecs;
+      if (is_wanted(first + s, v)) from[s][v] = poll_relaxed(slots + s * args.sentinel_bytes + vecs.offset(v));
     }
 #pragma unroll
-    for (int v = 0; v < Shape::kVecs; ++v) is_missing |= vecs.has(v) && holds_sentinel(from[v]);
-    if (!is_missing) return kOk;
+    for (int i = 0; i < Shape::kSources * Shape::kVecs; ++i) {
+      const int s = i / Shape::kVecs, v = i % Shape::kVecs;
+      if (is_wanted(first + s, v) && holds_sentinel(from[s][v])) missing = first + s;
+    }
+    if (missing < 0) return kOk;
     if (status != kOk) {
-      const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, source));
+      const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, missing));
       const int64_t wanted = call_word(call.epoch, args.call_hash);
       report_failure(args.control, args.record, status,
-                     Waiter{kOpGemmAllReduce, args.rank, source, blockIdx.x, wanted, seen});
+                     Waiter{kOpGemmAllReduce, args.rank, missing, blockIdx.x, wanted, seen});
       return status;
     }
+    status = patience->spent(missing);
   }
 }
-
 
 template <typename Element, typename Shape>
 __device__ __forceinline__ Status receive_and_add(const TpoGemmAllReduceDecodeArgs& args, const Call& call,
@@ -369,15 +378,15 @@ __device__ __forceinline__ Status receive_and_add(const TpoGemmAllReduceDecodeAr
                                                   Vec (&total)[Shape::kVecs]) {
   Patience patience(args.sum.control, args.sum.record, args.sum.timeout_ns);
   Sum sum[Shape::kVecs] = {};
-  for (int source = 0; source < args.sum.world_size; ++source) {
-    Vec from[Shape::kVecs];
-    if (source != args.sum.rank) {
-      const Status status = receive(args.sum, call, source, vecs, &patience, from);
-      if (status != kOk) return status;
-    }
+  for (int first = 0; first < args.sum.world_size; first += Shape::kSources) {
+    Vec from[Shape::kSources][Shape::kVecs];
+    const Status status = receive(args.sum, call, first, vecs, &patience, from);
+    if (status != kOk) return status;
 #pragma unroll
-    for (int v = 0; v < Shape::kVecs; ++v) {
-      if (vecs.has(v)) sum[v].template add<Element>(source == args.sum.rank ? own[v] : from[v]);
+    for (int i = 0; i < Shape::kSources * Shape::kVecs; ++i) {
+      const int source = first + i / Shape::kVecs, v = i % Shape::kVecs;
+      if (source >= args.sum.world_size || !vecs.has(v)) continue;
+      sum[v].template add<Element>(source == args.sum.rank ? own[v] : from[i / Shape::kVecs][v]);
     }
   }
 #pragma unroll

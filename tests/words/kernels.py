@@ -102,6 +102,20 @@ def wait_for_all(signal_ptr, out_ptr, count, value):
 
 
 @jit
+def meet(x_ptr, signal_ptr, out_ptr, N: tl.constexpr):
+    """Every rank stores at every rank and raises a word of its own there; one wait for all the words."""
+    rank, num_ranks = dl.rank(), dl.num_ranks()
+    for peer in range(0, num_ranks):
+        tl.store(dl.symm_at(x_ptr, peer) + rank * N + tl.arange(0, N), tl.zeros((N,), tl.int32) + rank + 1)
+        tl.debug_barrier()
+        dl.notify(signal_ptr + rank, peer, signal=1, sig_op="set", comm_scope="intra_node")
+    token = dl.wait(signal_ptr, num_ranks, "sys", "acquire", waitValue=1)
+    x_ptr = dl.consume_token(x_ptr, token)
+    for source in range(0, num_ranks):
+        tl.store(out_ptr + source, tl.max(tl.load(x_ptr + source * N + tl.arange(0, N)), 0))
+
+
+@jit
 def wait_there(signal_ptr, out_ptr):
     """wait takes the address of a peer's word. The last rank raises its own word, the others watch it."""
     last = dl.num_ranks() - 1
@@ -116,7 +130,7 @@ def wait_there(signal_ptr, out_ptr):
 def queue(signal_ptr, item_ptr, out_ptr, items):
     """Grid of two: program 0 produces at the next rank, program 1 consumes, through one slot that is emptied each time.
 
-    A wait is for equality: 2i means empty for item i, 2i + 1 full; a larger value is another item's.
+    2i means empty for item i, 2i + 1 full.
     """
     rank = dl.rank()
     peer = (rank + 1) % dl.num_ranks()

@@ -85,9 +85,19 @@ def the_scope_gpu_stays_here(room) -> None:
 
 
 def what_was_stored_is_published(room) -> None:
-    """Each rank late in turn, by a sleep before its launch; other data in every call."""
+    _messages(room, 0)
+
+
+def a_wait_is_for_equality(room) -> None:
+    """What is larger will not do."""
+    _messages(room, 1000)
+
+
+def _messages(room, at_first: int) -> None:
+    """Each rank late in turn, by a sleep before its launch; other data in every call. Signals begin `at_first`."""
     inbox, signal = room.symmetric(N, dtype=torch.float32), room.symmetric(2, dtype=torch.int64)
     inbox.fill_(NAN)
+    signal.fill_(at_first)
     room.end()
     for call in range(1, 1 + 2 * room.num_ranks):
         x = torch.arange(N, dtype=torch.float32, device=room.device) + 1000 * call + 100_000 * room.rank
@@ -114,7 +124,13 @@ def what_was_seen_is_published(room) -> None:
 
 
 def a_wait_is_for_every_word(room) -> None:
-    """32 words of 64 and of 32 bits."""
+    """Those of late ranks too; and 32 words of 64 and of 32 bits."""
+    x, signal = room.symmetric(room.num_ranks * N, dtype=torch.int32), room.symmetric(room.num_ranks, dtype=torch.int64)
+    met = room.local(room.num_ranks, dtype=torch.int32)
+    time.sleep(0.05 * room.rank)
+    room.launch(kernels.meet, 1, x, signal, met, N)
+    room.end()
+    assert met.tolist() == [1 + rank for rank in range(room.num_ranks)]
     for dtype in (torch.int64, torch.int32):
         signal, out = room.symmetric(32, dtype=dtype), room.local(32, dtype=dtype)
         signal.fill_(-3)
@@ -132,7 +148,7 @@ def a_wait_may_be_for_a_peers_word(room) -> None:
     assert out.item() == 7
 
 
-def a_wait_is_for_equality(room) -> None:
+def a_slot_serves_many_items(room) -> None:
     signal, item = room.symmetric(1, dtype=torch.int64), room.symmetric(1, dtype=torch.int32)
     out = room.local(9, dtype=torch.int32)
     room.launch(kernels.queue, 2, signal, item, out, 9)
@@ -172,10 +188,11 @@ MEANINGS = (
     add_counts,
     the_scope_gpu_stays_here,
     what_was_stored_is_published,
+    a_wait_is_for_equality,
     what_was_seen_is_published,
     a_wait_is_for_every_word,
     a_wait_may_be_for_a_peers_word,
-    a_wait_is_for_equality,
+    a_slot_serves_many_items,
     a_wait_in_a_loop_comes_before_its_loads,
     consuming_changes_no_value,
 )

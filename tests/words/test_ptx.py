@@ -73,6 +73,7 @@ def every_wait_ends(text: str) -> None:
     for wait in waits:
         assert "%globaltimer" in wait, "a wait without end"
         assert re.search(r"ld\.relaxed\.gpu\.global\.b64 failed", wait), "a wait that outlasts another's failure"
+        assert wait.endswith("barrier.red"), "a token that threads do not share"
 
 
 def test_words_of_32_bits_are_polled_as_such():

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 
@@ -61,6 +62,30 @@ def test_tensors_lie_one_after_the_other_and_end_with_the_world():
     with pytest.raises(InvalidInput, match=r"World.empty: 400 bytes for \(200,\), of which 256 are left of 1024"):
         world.empty(200, dtype=torch.bfloat16)
     world.close()
+
+
+def numbers_in_two_worlds(rank, num_ranks):
+    """(rank, num_ranks) and what the next rank wrote, in the world of all and in one of the last two."""
+    others = dist.new_group([1, 2])
+    found = []
+    for group in (None, others) if rank else (None,):
+        world = World(1 << 12, group, timeout_s=60)
+        x, signal = world.empty(1, dtype=torch.int64), world.empty(1, dtype=torch.int64)
+        x[0] = 10 * (world.num_ranks + rank)
+        kernels.set_at_the_next[(1,)](x, signal, world=world)
+        out = torch.zeros(4, dtype=torch.int32)
+        kernels.who_am_i[(1,)](out, world=world)
+        world.barrier()
+        found.append((*out.tolist()[:2], signal.item()))
+    return found
+
+
+def test_worlds_of_two_groups_live_side_by_side(ranks):
+    assert ranks(3).run(numbers_in_two_worlds) == [
+        [(0, 3, 50)],
+        [(1, 3, 30), (0, 2, 40)],
+        [(2, 3, 40), (1, 2, 30)],
+    ]
 
 
 def test_a_launch_needs_a_world():

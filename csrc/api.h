@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 1
+#define TPO_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -59,6 +59,35 @@ enum TpoRecord {
 
 enum TpoFailure { TPO_FAILURE_TIMEOUT = 1, TPO_FAILURE_MISMATCH = 2, TPO_FAILURE_ABORTED = 3 };
 
+/* out[M, N] = a[M, K] @ b[N, K].T (+ bias); kernels/gemm.cu. Strides in elements, multiples of 8 and not less than a row;
+ * a, b, out 16-byte aligned. out overlaps no input. */
+typedef struct TpoGemmArgs {
+  const void* a;
+  const void* b;
+  void* out;
+  const void* bias; /* N elements, 4-byte aligned; null: none */
+  int64_t a_stride;
+  int64_t b_stride;
+  int64_t out_stride;
+  int32_t M;
+  int32_t N;          /* even */
+  int32_t K;          /* at least 1 */
+  int32_t dtype;      /* 0 bf16, 1 fp16 */
+  int32_t schedule;   /* TpoGemmSchedule; any gives the same bits */
+  int32_t group_rows; /* rows of cluster tiles that are walked through together; at least 1 */
+} TpoGemmArgs;
+
+/* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. */
+enum TpoGemmSchedule {
+  TPO_GEMM_128X256_PAIR = 0,
+  TPO_GEMM_128X256_PAIR_3_STAGES = 1,
+  TPO_GEMM_128X256 = 2,
+  TPO_GEMM_PING_PONG_64X256_PAIR = 3,
+  TPO_GEMM_PING_PONG_64X256_PAIR_4_STAGES = 4,
+  TPO_GEMM_128X128_PAIR = 5,
+  TPO_GEMM_128X128 = 6
+};
+
 int tpo_abi_version(void);
 const char* tpo_error_string(int error);
 
@@ -69,6 +98,12 @@ int tpo_prepare(int world_size);
 
 /* out = sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
 int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream);
+
+/* Loads the kernels of tpo_gemm onto the calling thread's current device; to be called before the first launch there. */
+int tpo_gemm_prepare(void);
+
+/* M = 0 or N = 0 launches nothing. */
+int tpo_gemm(const TpoGemmArgs* args, void* cuda_stream);
 
 #ifdef __cplusplus
 }

@@ -114,10 +114,15 @@ class CudaClock:
 
 @dataclass
 class GraphTimed:
-    """Calls captured once in a CUDA graph and replayed."""
+    """Calls captured once in a CUDA graph and replayed.
+
+    call: kept although it is not called again. What it holds from outside of the capture, a buffer say, is written by
+    every replay, and would be another's memory once it is freed.
+    """
 
     clock: CudaClock
     graph: torch.cuda.CUDAGraph
+    call: Call
     calls: int
     out: torch.Tensor
     host_us: list[float] = field(default_factory=list)
@@ -135,7 +140,7 @@ class GraphTimed:
                     out = call(weights[copy] if weights else None)
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
-        return cls(clock, graph, len(order), out)
+        return cls(clock, graph, call, len(order), out)
 
     def queue(self) -> Callable[[], float]:
         begin = self.clock.start(BLOCKER_US)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import random
 import statistics
 import time
@@ -182,6 +183,8 @@ def host_cost(rank: int, world_size: int) -> None:
         "all_reduce": Case(1, 16 * 8192, 0, BF16, world_size, "decode"),
     }
     costs = {}
+    gc.collect()
+    gc.freeze()  # a compiler's objects, say, would be looked through now and then: timeit leaves the collector out, too
     with torch.inference_mode():
         for op, case in cases.items():
             call = Call(op, case)

@@ -3,6 +3,8 @@
 The fused plans run on CPU tensors up to the C launcher (tests/fake_driver.py), which keeps what it was given.
 """
 
+import functools
+
 import pytest
 import torch
 import triton
@@ -13,7 +15,7 @@ from tp_overlap_kernels import errors
 from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.lang.launch import Launch
 from tp_overlap_kernels.memory import arena as arenas
-from tp_overlap_kernels.ops import all_reduce, checks, cublas, gemm_all_reduce, gemm_reduce_scatter, launches, prepared
+from tp_overlap_kernels.ops import all_reduce, checks, gemm_all_reduce, gemm_reduce_scatter, launches, prepared
 
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
 M, N, K = 24, 96, 64
@@ -178,70 +180,47 @@ def test_a_known_all_reduce_of_strided_input_reads_a_copy(fused):
         assert fused.sentinel.calls[-1][0] != x.data_ptr()
 
 
-class _Product:
-    """Stands for cublas.Product: what torch.mm has just multiplied."""
-
-    works = True
-
-    def __init__(self, a, b, out):
-        self.made_of, self.shapes, self.calls = (a.data_ptr(), b.data_ptr()), (a.shape, b.shape, out.shape), []
-
-    def __call__(self, *addresses):
-        self.calls.append(addresses)
-        return self.works
+UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_two_shot")]
+UNFUSED += [(gemm_all_reduce, "unfused_sentinel"), (gemm_reduce_scatter, "unfused_push")]
+UNFUSED_IDS = [plan for _, plan in UNFUSED]
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """Every product that was bound."""
-    made = []
-    monkeypatch.setattr(cublas, "bind", lambda *tensors: made.append(_Product(*tensors)) or made[-1])
-    return made
-
-
-UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_sentinel")]
-UNFUSED += [(gemm_reduce_scatter, "unfused_push")]
-
-
-@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=[plan for _, plan in UNFUSED])
-def test_a_known_call_of_two_launches(fused, products, module, plan):
+@pytest.mark.parametrize(("module", "plan"), UNFUSED[:2] + UNFUSED[3:], ids=UNFUSED_IDS[:2] + UNFUSED_IDS[3:])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_the_launch_behind_a_product_is_had_again(fused, monkeypatch, module, plan, with_bias):
     fused.plan(module, plan)
-    for call in range(3):
-        a, b = _inputs()
-        out = getattr(torch.ops.tp_overlap, module.OP)(a, b, "local")
-        if call:
-            (multiplied,) = products[0].calls[call - 1 :]
-            launched = fused.sentinel.calls[-1] if plan == "unfused_sentinel" else fused.calls[-1]
-            assert multiplied[:2] == (a.data_ptr(), b.data_ptr()) and multiplied[2] == launched[0]
-            assert out.data_ptr() in launched[:4]
-            assert (multiplied[2] == out.data_ptr()) == (module is gemm_all_reduce)
-    assert fused.planned == 1 and len(products) == 1
+    ordinary = []
+    for function in (launches.all_reduce_one_shot, launches.all_reduce_two_shot, launches.reduce_scatter):
+        monkeypatch.setattr(launches, function.__name__, functools.partial(_counted, function, ordinary))
+    kept = []  # so that every call has addresses of its own
+    for _ in range(3):
+        inputs = (*_inputs(), "local", torch.zeros(N, dtype=torch.bfloat16) if with_bias else None)
+        kept.append((inputs, getattr(torch.ops.tp_overlap, module.OP)(*inputs)))
+    assert len(ordinary) == 1 and len(fused.calls) == 3
+    inputs, out = kept[-1]
+    fused.arena.prepared.clear()
+    getattr(torch.ops.tp_overlap, module.OP + "_out")(*inputs[:3], out, inputs[3])
+    assert len(ordinary) == 2
+    assert fused.calls[-1][1:] == fused.calls[-2][1:]  # the first is what cuBLAS wrote; for a scatter that is elsewhere
+    if module is gemm_all_reduce:
+        assert fused.calls[-1][0] == fused.calls[-2][0] == out.data_ptr()
 
 
-@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=[plan for _, plan in UNFUSED])
-def test_a_product_that_is_refused_sends_the_call_the_public_way(fused, products, monkeypatch, module, plan):
+def _counted(function, calls, *args):
+    calls.append(function)
+    return function(*args)
+
+
+@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=UNFUSED_IDS)
+def test_another_call_hash_is_another_launch(fused, monkeypatch, module, plan):
     fused.plan(module, plan)
-    _warm(module.OP)
-    launched = len(fused.calls) + len(fused.sentinel.calls)
-    monkeypatch.setattr(_Product, "works", False)
-    _warm(module.OP)
-    assert len(fused.calls) + len(fused.sentinel.calls) == launched + 2
-
-
-@pytest.mark.parametrize(("module", "plan"), UNFUSED, ids=[plan for _, plan in UNFUSED])
-def test_what_was_copied_for_a_product_is_copied_again(fused, products, module, plan):
-    fused.plan(module, plan)
-    a = torch.zeros(6, 4, K, dtype=torch.bfloat16).transpose(0, 1)  # no view of it is [24, K]
-    for _ in range(2):
-        getattr(torch.ops.tp_overlap, module.OP)(a, _inputs()[1], "local")
-    assert not any(product.calls for product in products)
-
-
-def test_a_bias_enters_the_product_the_public_way(fused, products):
-    fused.plan(gemm_all_reduce, "unfused_one_shot")
-    for _ in range(2):
-        torch.ops.tp_overlap.gemm_all_reduce(*_inputs(), "local", torch.zeros(N, dtype=torch.bfloat16))
-    assert not products
+    op = getattr(torch.ops.tp_overlap, module.OP)
+    op(*_inputs(), "local")
+    monkeypatch.setattr(module, "plan_for", lambda *args: (Plan(plan), 8))
+    fused.arena.prepared = {key: kept for key, kept in fused.arena.prepared.items() if key[0] != module.OP}
+    op(*_inputs(), "local")
+    values = fused.sentinel.calls[-1] if plan == "unfused_sentinel" else fused.calls[-1]
+    assert 8 in values and 7 not in values
 
 
 def _warm(op="gemm_all_reduce", **kinds):

@@ -1,20 +1,18 @@
 """gemm_all_reduce(a, b, group_name, bias): a row-parallel linear layer as one op. The contract is below."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import Plan
 from ..memory.arena import Arena
-from . import cublas, reference
+from . import reference
 from .all_reduce import sum_into
 from .checks import check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
-from .prepared import Prepared, key_of, recall, remember
+from .prepared import Behind, Prepared, key_of, recall, remember
 
 OP = "gemm_all_reduce"
 
@@ -70,10 +68,7 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         return None
     plan, word = plan_for(arena, OP, out.numel() // N, N, K, a.dtype, bias is not None)
     call = Prepared(partial(_issue, arena, plan, word), out)
-    issued = call.issue(a, b, bias, out)
-    if issued is not None:
-        bias_ptr = (out if bias is None else bias).data_ptr()
-        call.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=bias_ptr, out_ptr=out.data_ptr())
+    call.learn(call.issue(a, b, bias, out), a, b, bias, out)
     return call
 
 
@@ -110,32 +105,28 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
 
 
 def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
-    """cuBLAS, then an all-reduce. The bias enters rank 0's product, in f32, so that it is added once."""
-    if bias is not None and arena.rank == 0:
-        torch.addmm(bias, a, b.t(), out=out)
-    else:
-        torch.mm(a, b.t(), out=out)
+    """cuBLAS, then an all-reduce."""
+    product = _product_of_rank_0 if bias is not None and arena.rank == 0 else _product
+    flat = product(a, b, bias, out).view(-1)
     if plan.name == "ref":
-        reference.all_reduce(arena, out.view(-1), out.view(-1), word, OP)
+        reference.all_reduce(arena, flat, flat, word, OP)
     elif plan.name != "local":
-        summed = sum_into(arena, Plan(plan.name.removeprefix("unfused_")), out.view(-1), out.view(-1), word)
-        product = cublas.bind(a, b, out) if summed is not None and bias is None else None
-        return product and _IssuedUnfused(product, summed)
+        issued = sum_into(arena, Plan(plan.name.removeprefix("unfused_")), flat, flat, word)
+        return issued and Behind(product, issued, out, takes_bias=False)
     return None
 
 
-class _IssuedUnfused(NamedTuple):
-    """A product of cuBLAS and one launch that sums it in place."""
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if a.dim() != 2:
+        torch.mm(a.reshape(-1, b.shape[1]), b.t(), out=out.view(-1, b.shape[0]))
+        return out
+    return torch.mm(a, b.t(), out=out)
 
-    product: cublas.Product
-    summed: Any
 
-    def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Callable[..., bool] | None:
-        """Both with other addresses, or None; False from it means that nothing was sent."""
-        summed, product = self.summed.again(x_ptr=out_ptr, out_ptr=out_ptr), self.product
-        if summed is None or product.made_of != (a_desc, b_desc):
-            return None
-        return lambda a, b, bias, out: product(a, b, out) and summed(out, out)
+def _product_of_rank_0(a: Tensor, b: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """The bias enters one rank's product, in f32, so that it is added once."""
+    torch.addmm(bias, a.reshape(-1, b.shape[1]), b.t(), out=out.view(-1, b.shape[0]))
+    return out
 
 
 def _fake(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None = None) -> Tensor:

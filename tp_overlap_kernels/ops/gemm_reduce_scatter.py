@@ -1,8 +1,6 @@
 """gemm_reduce_scatter(a, b, group_name, bias): a row-parallel layer, its sum scattered by rows. Contract below."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,11 +9,11 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
-from . import cublas, reference
+from . import reference
 from .checks import check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
-from .prepared import Prepared, key_of, recall, remember
+from .prepared import Behind, Prepared, key_of, recall, remember
 
 OP = "gemm_reduce_scatter"
 
@@ -86,10 +84,7 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         return None
     plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
     call = Prepared(partial(_issue, arena, plan, word), out)
-    issued = call.issue(a, b, bias, out)
-    if issued is not None:
-        bias_ptr = (out if bias is None else bias).data_ptr()
-        call.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), bias_ptr=bias_ptr, out_ptr=out.data_ptr())
+    call.learn(call.issue(a, b, bias, out), a, b, bias, out)
     return call
 
 
@@ -143,33 +138,14 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)
     else:
-        partial = torch.mm(a, b.t())
-        summed = launches.reduce_scatter(arena, partial, bias, out, word)
-        product = cublas.bind(a, b, partial)
-        return product and _IssuedUnfused(product, summed, partial)
+        partial = _product(a, b, bias, out)
+        return Behind(_product, launches.reduce_scatter(arena, partial, bias, out, word), partial, takes_bias=True)
     return None
 
 
-class _IssuedUnfused(NamedTuple):
-    """A product of cuBLAS and one launch that sums its rows."""
-
-    product: cublas.Product
-    summed: Any  # lang.launch.Issued
-    partial: Tensor
-
-    def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Callable[..., bool] | None:
-        """Both with other addresses and a fresh partial, or None; False from it means that nothing was sent."""
-        product, shape, dtype, device = self.product, self.partial.shape, self.partial.dtype, self.partial.device
-        summed = self.summed.again(x_ptr=self.partial.data_ptr(), bias_ptr=bias_ptr, out_ptr=out_ptr)
-        if summed is None or product.made_of != (a_desc, b_desc):
-            return None
-
-        def run(a: int, b: int, bias: int, out: int) -> bool:
-            partial = torch.empty(shape, dtype=dtype, device=device)  # fresh, so that a graph gets one of its own
-            x = partial.data_ptr()
-            return product(a, b, x) and summed(x, bias, out)
-
-        return run
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """This rank's partial, fresh: a graph gets one of its own."""
+    return torch.mm(a if a.dim() == 2 else a.reshape(-1, b.shape[1]), b.t())
 
 
 def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:

@@ -9,7 +9,7 @@ Prepared calls belong to the arena and go with it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, is_grad_enabled
 
@@ -20,27 +20,63 @@ from .execute import choices
 MAX_CALLS = 1024  # an arena remembers; a prepared call takes about 2 KB
 
 
+class Behind(NamedTuple):
+    """A launch behind a product of cuBLAS: how to multiply, what was launched, and the product that it read.
+
+    product(a, b, bias, out): multiplies and returns what the launch reads; out itself, or a fresh tensor.
+    """
+
+    product: Callable[..., Tensor]
+    issued: Any
+    read: Tensor
+    takes_bias: bool
+
+
 class Prepared:
     """A known call. issue: the ordinary way to run it, checks and planning done; again: the short one, if there is any.
 
     shape, strides: of the output that the functional op returns.
     """
 
-    __slots__ = ("again", "any_address", "issue", "shape", "strides")
+    __slots__ = ("again", "any_address", "issue", "product", "shape", "strides", "takes_bias")
 
     def __init__(self, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
         self.issue = issue
         self.shape, self.strides = tuple(out.shape), out.stride()
         self.again: Callable[..., bool] | None = None
+        self.product: Callable[..., Tensor] | None = None  # what comes before `again`
+        self.takes_bias = True  # whether `again` adds the bias; the product does otherwise
         self.any_address = any_address  # whether `again` takes addresses that are no multiples of 16
+
+    def learn(self, issued: Any, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """The short way, from what a GEMM op has issued with these tensors the ordinary way; None: there is none."""
+        if issued is None:
+            return
+        at = {"bias_ptr": (out if bias is None else bias).data_ptr(), "out_ptr": out.data_ptr()}
+        if not isinstance(issued, Behind):
+            self.again = issued.again(a_desc=a.data_ptr(), b_desc=b.data_ptr(), **at)
+            return
+        if not issued.takes_bias:
+            del at["bias_ptr"]
+        self.again = issued.issued.again(x_ptr=issued.read.data_ptr(), **at)
+        if self.again is not None:
+            self.product, self.takes_bias = issued.product, issued.takes_bias
 
     def gemm(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Run a GEMM op."""
         if self.again is not None:
             out_ptr = out.data_ptr()
-            a_ptr, b_ptr, bias_ptr = a.data_ptr(), b.data_ptr(), out_ptr if bias is None else bias.data_ptr()
-            if not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and self.again(a_ptr, b_ptr, bias_ptr, out_ptr):
-                return
+            bias_ptr = out_ptr if bias is None else bias.data_ptr()
+            if self.product is None:
+                a_ptr, b_ptr = a.data_ptr(), b.data_ptr()
+                if not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and self.again(a_ptr, b_ptr, bias_ptr, out_ptr):
+                    return
+            else:
+                read = self.product(a, b, bias, out)  # lives until the launch is made
+                x_ptr = read.data_ptr()
+                at = (x_ptr, bias_ptr, out_ptr) if self.takes_bias else (x_ptr, out_ptr)
+                if not (x_ptr | bias_ptr | out_ptr) & 15 and self.again(*at):
+                    return
         self.issue(a, b, bias, out)
 
     def sum(self, x: Tensor, out: Tensor) -> None:

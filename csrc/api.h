@@ -77,16 +77,9 @@ typedef struct TpoGemmArgs {
   int32_t group_rows; /* rows of cluster tiles that are walked through together; at least 1 */
 } TpoGemmArgs;
 
-/* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. */
-enum TpoGemmSchedule {
-  TPO_GEMM_128X256_PAIR = 0,
-  TPO_GEMM_128X256_PAIR_3_STAGES = 1,
-  TPO_GEMM_128X256 = 2,
-  TPO_GEMM_PING_PONG_64X256_PAIR = 3,
-  TPO_GEMM_PING_PONG_64X256_PAIR_4_STAGES = 4,
-  TPO_GEMM_128X128_PAIR = 5,
-  TPO_GEMM_128X128 = 6
-};
+/* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. The tiles of a
+ * pair together have 256 rows (ping-pong: 128). */
+enum TpoGemmSchedule { TPO_GEMM_128X256_PAIR = 0, TPO_GEMM_PING_PONG_64X256_PAIR = 1, TPO_GEMM_128X128_PAIR = 2 };
 
 int tpo_abi_version(void);
 const char* tpo_error_string(int error);

@@ -33,8 +33,8 @@ RIGHT = {
         pytest.param({"out_ptr": 4104}, id="out not aligned"),
         pytest.param({"bias_ptr": 4098}, id="bias not aligned"),
         pytest.param({"dtype_code": 2}, id="unknown dtype"),
-        pytest.param({"group_rows": 0}, id="empty groups"),
-        pytest.param({"schedule": gemm.Schedule(99, 256, 256, 2, 1.0)}, id="unknown schedule"),
+        pytest.param({"group_rows": -1}, id="empty groups"),
+        pytest.param({"schedule": gemm.Schedule(99, 256, 256, 2, 8)}, id="unknown schedule"),
     ],
 )
 def test_it_is_refused(changes):

@@ -19,23 +19,26 @@ class Schedule:
     rows: int  # of out, of the tiles that a cluster of blocks works on at a time
     cols: int
     blocks: int  # of a cluster
-    efficiency: float  # of the tensor cores while tiles last, beside the best schedule
+    group_rows: int  # cluster tiles down M that share their columns of b in L2
 
 
-LARGE = Schedule(code=0, rows=256, cols=256, blocks=2, efficiency=1.0)
-SMALL = Schedule(code=5, rows=256, cols=128, blocks=2, efficiency=0.9)
-SCHEDULES = (LARGE, SMALL)
+LARGE = Schedule(code=0, rows=256, cols=256, blocks=2, group_rows=8)
+PING_PONG = Schedule(code=1, rows=128, cols=256, blocks=2, group_rows=16)
+SMALL = Schedule(code=2, rows=256, cols=128, blocks=2, group_rows=8)
+SCHEDULES = (LARGE, PING_PONG, SMALL)
+PING_PONG_MAX_K = 2048  # up to here a tile is so short that its epilogue is worth hiding
 
 
-def schedule_for(M: int, N: int, sms: int) -> Schedule:
-    """The schedule whose waves of tiles take least: a started wave costs as much as a full one. Pure."""
+def schedule_for(M: int, N: int, K: int, sms: int) -> Schedule:
+    """The schedule to take. Pure.
 
-    def cost(schedule: Schedule) -> float:
-        tiles = -(-M // schedule.rows) * -(-N // schedule.cols)
-        waves = -(-tiles // (sms // schedule.blocks))
-        return waves * schedule.rows * schedule.cols / schedule.blocks / schedule.efficiency
-
-    return min(SCHEDULES, key=cost)
+    Measured on H200, six layers x M of 256 to 8192: in geometric mean 0.9 % (at most 3.5 %) slower than the best of 16
+    variants and settings for each case, and from M = 1024 up 1.030 (at least 0.986) times as fast as cuBLAS.
+    """
+    large_tiles = -(-M // LARGE.rows) * -(-N // LARGE.cols)
+    if large_tiles <= sms // LARGE.blocks:  # they would leave SMs idle
+        return SMALL
+    return PING_PONG if K <= PING_PONG_MAX_K else LARGE
 
 
 class _Args(ctypes.Structure):
@@ -79,14 +82,14 @@ def launch(
     dtype_code: int,
     schedule: Schedule,
     stream: int,
-    group_rows: int = 8,
+    group_rows: int = 0,
 ) -> None:
     """Enqueue on `stream` (a cudaStream_t as an integer) of the current device; capturable in a graph.
 
     a, b, out: 16-byte aligned; strides in elements, multiples of 8; N even. bias_ptr: N elements, 4-byte aligned, or 0.
-    group_rows: cluster tiles down M that share their columns of b in L2; 8 of 256 rows make a wave of 132 blocks about
-    square. Raises TpOverlapError with CUDA's reason.
+    group_rows: in place of the schedule's. Raises TpOverlapError with CUDA's reason.
     """
+    group_rows = group_rows or schedule.group_rows
     args = _Args(
         a_ptr, b_ptr, out_ptr, bias_ptr, a_stride, b_stride, out_stride, M, N, K, dtype_code, schedule.code, group_rows
     )

@@ -111,6 +111,14 @@ __device__ __forceinline__ void store_fragments(uint32_t row_address, uint32_t m
                : "memory");
 }
 
+// The way back: fragments of a warp from shared memory.
+__device__ __forceinline__ void load_fragments(uint32_t (&m)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row_address)
+               : "memory");
+}
+
 // Registers a thread, of all warps of a warpgroup; the sum over the block must fit what it was launched with.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {

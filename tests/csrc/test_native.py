@@ -14,7 +14,7 @@ import torch
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import NativeLibraryError, TpOverlapError
 from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel as sentinel
-from tp_overlap_kernels.kernels import gemm
+from tp_overlap_kernels.kernels import gemm, gemm_collectives
 
 HEADER = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "api.h"
 needs_library = pytest.mark.skipif(
@@ -43,7 +43,14 @@ def test_python_and_header_name_the_same_abi():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("name", "mirror"), [("TpoAllReduceArgs", sentinel._Args), ("TpoGemmArgs", gemm._Args)])
+@pytest.mark.parametrize(
+    ("name", "mirror"),
+    [
+        ("TpoAllReduceArgs", sentinel._Args),
+        ("TpoGemmArgs", gemm.Args),
+        ("TpoGemmCollectiveArgs", gemm_collectives._Args),
+    ],
+)
 def test_the_struct_in_python_is_the_struct_in_c(tmp_path, name, mirror):
     fields = [field for field, _ in mirror._fields_]
     prints = "".join(f'printf("%zu ", offsetof({name}, {field}));' for field in fields)

@@ -41,7 +41,7 @@ def schedule_for(M: int, N: int, K: int, sms: int) -> Schedule:
     return PING_PONG if K <= PING_PONG_MAX_K else LARGE
 
 
-class _Args(ctypes.Structure):
+class Args(ctypes.Structure):
     """TpoGemmArgs of csrc/api.h, field by field."""
 
     _fields_ = (
@@ -90,7 +90,7 @@ def launch(
     group_rows: in place of the schedule's. Raises TpOverlapError with CUDA's reason.
     """
     group_rows = group_rows or schedule.group_rows
-    args = _Args(
+    args = Args(
         a_ptr, b_ptr, out_ptr, bias_ptr, a_stride, b_stride, out_stride, M, N, K, dtype_code, schedule.code, group_rows
     )
     error = native.library().tpo_gemm(ctypes.byref(args), ctypes.c_void_p(stream))

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "api.h"
 #include "tpo/gemm_tile.cuh"
 
@@ -64,6 +66,22 @@ cudaError_t launch_clusters(void (*kernel)(Params), int clusters, Params* params
   const ClusterLaunch<Shape> launch(clusters, stream);
   void* parameters[] = {params};
   return cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), parameters);
+}
+
+// How many clusters the current device holds at a time: a grid whose blocks wait for peers must not be larger.
+template <typename Shape, typename Params>
+int resident_clusters(void (*kernel)(Params)) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // by device; 0: not yet asked. The same whoever asks
+  int device = 0, clusters = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  clusters = known[device].load(std::memory_order_relaxed);
+  if (clusters == 0) {
+    const ClusterLaunch<Shape> launch(1, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) return 0;
+    known[device].store(clusters, std::memory_order_relaxed);
+  }
+  return clusters;
 }
 
 }  // namespace tpo

@@ -29,6 +29,11 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint3
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Whoever waits for the phase sees what this thread has stored or seen.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Relaxed: publishes nothing.
 __device__ __forceinline__ void barrier_arrive_relaxed(uint32_t barrier) {
   asm volatile("mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -94,6 +99,18 @@ struct RingPosition {
     slot = sum % kSlots;
   }
 };
+
+// ---- words that barriers publish ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ void put_shared(uint32_t to, int64_t word) {
+  asm volatile("st.shared::cta.b64 [%0], %1;" ::"r"(to), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ int64_t get_shared(uint32_t from) {
+  int64_t word;
+  asm volatile("ld.shared::cta.b64 %0, [%1];" : "=l"(word) : "r"(from) : "memory");
+  return word;
+}
 
 // ---- other ways to meet -------------------------------------------------------------------------------------------
 

@@ -57,6 +57,18 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, int row, int c
                : "memory");
 }
 
+// Bytes as they lie, between shared memory and anywhere in global memory, a peer's too. Multiples of 16.
+__device__ __forceinline__ void store_bytes(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ void end_store_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until at most kGroups of this thread's groups still have to be read from shared memory. They are not yet visible then.
@@ -64,6 +76,13 @@ template <int kGroups>
 __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");
 }
+
+// Until all of this thread's groups have been written, and this thread sees that: it may then tell others.
+__device__ __forceinline__ void wait_stores_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Between what threads do and what the copy engine does in global memory: to be passed after a wait for a flag and before
+// loads of what it published, and after the copy engine's stores and before the flag that publishes them.
+__device__ __forceinline__ void order_with_tma() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // ---- host ---------------------------------------------------------------------------------------------------------
 

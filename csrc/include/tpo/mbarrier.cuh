@@ -67,13 +67,13 @@ __device__ __forceinline__ bool barrier_is_over(uint32_t barrier, uint32_t parit
 }
 
 // The hardware suspends the thread for some microseconds at a time. Nothing outside the cluster is waited for, so only
-// a mistake in the kernel could make a wait last; a build with TPO_BOUNDED_BARRIERS traps after seconds, for debuggers to
+// a mistake in the kernel could make a wait last; a build with TPO_BOUNDED_BARRIERS traps after ten seconds, for debuggers to
 // show where. It prints nothing: a call in the loop would make the compiler serialise the products.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #ifdef TPO_BOUNDED_BARRIERS
   const long long started = clock64();
   while (!barrier_is_over(barrier, parity)) {
-    if (clock64() - started > 4000000000ll) __trap();
+    if (clock64() - started > 16000000000ll) __trap();
   }
 #else
   while (!barrier_is_over(barrier, parity)) {

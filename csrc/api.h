@@ -105,6 +105,7 @@ typedef struct TpoGemmCollectiveArgs {
   int32_t rank;
   int32_t world_size; /* 2..8 */
   int32_t blocks;     /* launch at most so many; at least 2 */
+  int32_t lead_tiles; /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
 } TpoGemmCollectiveArgs;
 
 int tpo_abi_version(void);

@@ -28,7 +28,8 @@
 //   pushes a sum only after our partial of that tile has come, hence after we have left the call before.
 // Live (no one waits for ever). The grid is no larger than what is resident at a time, and each block walks its tiles in
 //   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
-//   of step 1, and the collector, whom nobody waits for, for tiles of step 2. So one cluster of blocks is enough.
+//   of step 1 that stand before them in that order on every rank, and the collector, whom nobody waits for, for tiles of
+//   step 2. A courier raises the flag of a partial before it waits for another. So one cluster of blocks is enough.
 #include <cuda_runtime.h>
 
 #include "api.h"
@@ -60,7 +61,6 @@ __device__ __forceinline__ int64_t* result_flag(const Params& params, int at, in
 
 // ---- the courier ----------------------------------------------------------------------------------------------------
 
-// Staging is free when it has been read.
 template <typename Shape>
 __device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& params, const Work& work) {
   const TpoGemmCollectiveArgs& args = params.args;
@@ -69,8 +69,7 @@ __device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& 
     store_bytes(result_of<Shape>(params, peer, args.rank, work.tile), courier.memory.staging(0), Shape::kTileBytes);
   }
   courier.store_sum(&params.out, work);
-  end_store_group();
-  wait_stores_read<0>();
+  courier.free_staging();
 }
 
 template <typename Shape>
@@ -90,15 +89,17 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
   const TpoGemmCollectiveArgs& args = params.args;
   Courier<Shape> courier(args, memory, kOpAllReduce);
   courier.await_done();
-  Itinerary<Shape, TileOwners> itinerary(params.owners, args.rank, args.world_size, rank_in_cluster);
+  Itinerary<Shape, TileOwners> itinerary(params.owners, args, rank_in_cluster);
   Work work;
-  bool found = itinerary.next(&work);
-  for (; found && work.owner != args.rank; found = itinerary.next(&work)) {
-    courier.await_staged();
-    courier.push_partial(work);
-  }
-  if (found) courier.fetch_partial(work.tile, 0);
+  bool found = itinerary.next(&work), fetched = false;
   while (found) {
+    if (work.owner != args.rank) {
+      courier.await_staged();
+      courier.push_partial(work);
+      found = itinerary.next(&work);
+      continue;
+    }
+    if (!fetched) courier.fetch_partial(work.tile, 0);
     courier.fetch_other_partials(work.tile);
     courier.await_staged();
     push_sum(courier, params, work);
@@ -106,7 +107,8 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
     // Nobody whom we wait for there waits for these flags. (For those of partials the same would be a deadlock.)
     const int tile = work.tile;
     found = itinerary.next(&work);
-    if (found) courier.fetch_partial(work.tile, 0);
+    fetched = found && work.owner == args.rank;
+    if (fetched) courier.fetch_partial(work.tile, 0);
     publish_sum(courier, params, tile);
   }
 }

@@ -25,7 +25,8 @@
 //   block's loads. One staging buffer is enough then, also after calls in which some rank owned no row.
 // Live (no one waits for ever). The grid is no larger than what is resident at a time, and each block walks its tiles in
 //   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
-//   of step 1. So one cluster of blocks is enough.
+//   of step 1 that stand before them in that order on every rank. A courier raises the flag of one tile before it waits for
+//   those of the next. So one cluster of blocks is enough.
 #include <cuda_runtime.h>
 
 #include "api.h"
@@ -44,7 +45,7 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
   const TpoGemmCollectiveArgs& args = params.args;
   Courier<Shape> courier(args, memory, kOpReduceScatter);
   courier.await_done();
-  Itinerary<Shape, RowOwners> itinerary(params.owners, args.rank, args.world_size, rank_in_cluster);
+  Itinerary<Shape, RowOwners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
     if (work.owner != args.rank) {
       courier.await_staged();
@@ -54,8 +55,7 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
       courier.fetch_other_partials(work.tile);
       courier.await_staged();
       courier.store_sum(&params.out, work);
-      end_store_group();
-      wait_stores_read<0>();
+      courier.free_staging();
     }
   }
   courier.leave();

@@ -17,7 +17,15 @@ ARENA |= dict.fromkeys(("header_offset", "done_offset", "partial_flags_offset", 
 ARENA |= {"staging_offset": 0, "result_offset": 0, "timeout_ns": 0, "rank": 0, "world_size": 2, "blocks": 132}
 ROOM = {"staging_slot_bytes": 2 * TILE_BYTES[256], "result_bytes": 2 * TILE_BYTES[256], "tile_slots": 4}
 RIGHT = {"a_ptr": 4096, "b_ptr": 4096, "bias_ptr": 0, "out_ptr": 4096, "M": 512, "N": 256, "K": 64, "stream": 0}
-RIGHT |= {"a_stride": 64, "b_stride": 64, "dtype_code": 0, "schedule": gemm.LARGE, "group_rows": 8, "call_hash": 7}
+RIGHT |= {
+    "a_stride": 64,
+    "b_stride": 64,
+    "dtype_code": 0,
+    "schedule": gemm.LARGE,
+    "group_rows": 8,
+    "lead_tiles": 0,
+    "call_hash": 7,
+}
 
 
 def launch(monkeypatch, op, **changes):
@@ -42,6 +50,7 @@ def launch(monkeypatch, op, **changes):
         pytest.param({"world_size": 9}, id="too many ranks"),
         pytest.param({"rank": 2}, id="no such rank"),
         pytest.param({"blocks": 0}, id="no blocks"),
+        pytest.param({"lead_tiles": -1}, id="negative lead"),
         pytest.param({"M": 513}, id="more tiles than staging holds"),
         pytest.param({"tile_slots": 3}, id="more tiles than flags"),
     ],

@@ -93,12 +93,12 @@ class Group:
         }
         return Rank(arena, control, record, torch.cuda.Stream(), launch)
 
-    def enqueue(self, rank: int, op: str, cols: int, a, b, bias, out, call_hash: int = 7) -> None:
+    def enqueue(self, rank: int, op: str, cols: int, a, b, bias, out, call_hash: int = 7, lead: int = 0) -> None:
         (M, K), N, member = a.shape, b.shape[0], self.ranks[rank]
         bias_ptr = 0 if bias is None else bias.data_ptr()
         member.launch[op](
             *(a.data_ptr(), b.data_ptr(), bias_ptr, out.data_ptr(), M, N, K, a.stride(0), b.stride(0), CODES[a.dtype]),
-            *(SCHEDULES[cols], 3, call_hash, member.stream.cuda_stream),
+            *(SCHEDULES[cols], 3, lead, call_hash, member.stream.cuda_stream),
         )
 
     def expect_no_failure(self) -> None:
@@ -106,15 +106,17 @@ class Group:
             assert member.record[STATE] == 0, f"rank {rank} failed: {member.record.tolist()}"
 
 
-def play(group: Group, case: Case, calls: list[tuple[str, int]], kind: str, with_bias: bool, late: int | None = None):
-    """The calls in a row on every rank, nothing between them; all are judged. calls: op, columns of a tile."""
+def play(
+    group: Group, case: Case, calls: list[tuple[str, int, int]], kind: str, with_bias: bool, late: int | None = None
+):
+    """The calls in a row on every rank, nothing between them; all are judged. calls: op, columns of a tile, lead."""
     W = case.world_size
     operands = [
         [tuple(x.cuda() for x in inputs.operands(case, r, kind, i)) for r in range(W)] for i in range(len(calls))
     ]
     biases = [inputs.bias(case, i, "cuda") if with_bias else None for i in range(len(calls))]
     outs = []
-    for op, _ in calls:
+    for op, _, _ in calls:
         rows = [case.M if op == SUM else case.rows_of(r).stop - case.rows_of(r).start for r in range(W)]
         outs.append([torch.full((n + 1, case.N), torch.nan, dtype=case.dtype, device="cuda") for n in rows])
     torch.cuda.synchronize()
@@ -122,15 +124,15 @@ def play(group: Group, case: Case, calls: list[tuple[str, int]], kind: str, with
         if rank == late:
             with torch.cuda.stream(group.ranks[rank].stream):
                 torch.cuda._sleep(5 * CLOCKS_PER_MS)
-        for (op, cols), abs_, bias, out in zip(calls, operands, biases, outs, strict=True):
-            group.enqueue(rank, op, cols, *abs_[rank], bias, out[rank])
+        for (op, cols, lead), abs_, bias, out in zip(calls, operands, biases, outs, strict=True):
+            group.enqueue(rank, op, cols, *abs_[rank], bias, out[rank], lead=lead)
     torch.cuda.synchronize()
     group.expect_no_failure()
-    for i, ((op, cols), out) in enumerate(zip(calls, outs, strict=True)):
+    for i, ((op, cols, lead), out) in enumerate(zip(calls, outs, strict=True)):
         exact = truth.gemm_all_reduce(case, kind, i, with_bias, "cuda")
         for rank in range(W):
             part = exact if op == SUM else exact.rows(case.rows_of(rank))
-            what = f"call {i}, {op}, {cols} columns, rank {rank}"
+            what = f"call {i}, {op}, {cols} columns, lead {lead}, rank {rank}"
             got, around = out[rank][:-1], out[rank][-1]
             check_bits(got, part, what) if kind == "integer" else check(got, part, tolerance(part), what)
             assert around.isnan().all(), f"{what}: a row past the end was written"
@@ -143,8 +145,8 @@ def play(group: Group, case: Case, calls: list[tuple[str, int]], kind: str, with
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
     case = dataclasses.replace(case, world_size=world_size)
-    group, every = Group(world_size), list(itertools.product(OPS, SCHEDULES))
-    play(group, case, [*every, *every[::-1], every[0], every[3]], "normal", with_bias)
+    group, every = Group(world_size), list(itertools.product(OPS, SCHEDULES, (0, 1, 3)))
+    play(group, case, [*every, *every[::-1], every[0], every[-1]], "normal", with_bias)
     play(group, case, [*every[::-1], *every], "integer", with_bias)
     assert all(member.control[EPOCH] == 4 * len(every) + 2 for member in group.ranks)
 
@@ -152,14 +154,15 @@ def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_two_blocks_a_rank_are_enough(world_size):
     case = Case(1300, 1000, 136, BF16, world_size, "more tiles than blocks")
-    play(Group(world_size, blocks=2), case, [(SUM, 128), (SCATTER, 256), (SCATTER, 128), (SUM, 256)], "normal", True)
+    calls = [(SUM, 128, 0), (SCATTER, 256, 1), (SCATTER, 128, 0), (SUM, 256, 2), (SUM, 128, 1)]
+    play(Group(world_size, blocks=2), case, calls, "normal", True)
 
 
 @pytest.mark.parametrize("late", range(3))
 def test_a_late_rank_is_waited_for(late):
     group, case = Group(3), Case(900, 512, 128, BF16, 3, "three ranks")
     for _ in range(3):
-        play(group, case, [(SCATTER, 128), (SUM, 128), (SCATTER, 256)], "normal", False, late)
+        play(group, case, [(SCATTER, 128, 0), (SUM, 128, 1), (SCATTER, 256, 1)], "normal", False, late)
 
 
 def run_alone(group: Group, op: str, call_hashes: dict[int, int]) -> list[torch.Tensor]:

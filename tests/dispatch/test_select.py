@@ -251,6 +251,22 @@ def test_a_forced_plan_is_taken_over_table_and_rule():
     assert select(gemm(AR, 4096), h200(), measured, forced="").name == "chunked"
 
 
+@pytest.mark.parametrize(
+    ("problem", "block_n", "lead"),
+    [
+        pytest.param(gemm(AR, 4096), 256, 0, id="many waves of long tiles"),
+        pytest.param(gemm(AR, 1024), 128, 0, id="two waves"),
+        pytest.param(gemm(RS, 4096, K=1024), 256, 66, id="a wave of partials takes longer than its products"),
+        pytest.param(gemm(AR, 4096, K=1024), 256, 0, id="between two ranks sums are as many as partials"),
+        pytest.param(gemm(AR, 8192, K=4096, world_size=4), 256, 22, id="three sums a tile"),
+        pytest.param(gemm(RS, 8192, K=4096, world_size=4), 256, 0, id="one partial a tile"),
+    ],
+)
+def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, block_n, lead):
+    plan = select(problem, h200(problem.world_size), forced="sm90")
+    assert (plan["block_n"], plan["lead"], plan["group_m"]) == (block_n, lead, 8)
+
+
 def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():
     assert select(gemm(AR, 4096), h200(), forced="two_shot;push").name == "two_shot"
     assert select(gemm(RS, 4096), h200(), forced="two_shot;push").name == "push"

@@ -13,9 +13,24 @@ from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse("sm90:block_n=128,group_m=8")
+PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5")
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
-NAMES = ("a", "b", "bias", "out", "M", "N", "K", "a_stride", "b_stride", "dtype", "schedule", "group_rows", "hash")
+NAMES = (
+    "a",
+    "b",
+    "bias",
+    "out",
+    "M",
+    "N",
+    "K",
+    "a_stride",
+    "b_stride",
+    "dtype",
+    "schedule",
+    "group_rows",
+    "lead",
+    "hash",
+)
 
 
 class Launcher:
@@ -54,7 +69,7 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     a, b = inputs(dtype)
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
-    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SMALL, "group_rows": 8}
+    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SMALL, "group_rows": 8, "lead": 5}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "stream": 77}
     for _ in range(3):  # the second and the third are known
         out = kernel.op(a, b, "local", bias)

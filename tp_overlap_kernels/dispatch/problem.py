@@ -45,6 +45,7 @@ PARAM_NAMES = (
     "own_chunks",
     "taper",
     "stagger_ns",
+    "lead",
 )
 
 

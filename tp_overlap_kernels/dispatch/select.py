@@ -63,6 +63,7 @@ FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid ju
 TILES_SM90 = {"block_n": 256, "group_m": 8}
 TILES_FEW_SM90 = {"block_n": 128, "group_m": 8}
 FEW_TILES_SM90 = 4 * 66
+LEAD_SM90 = 66  # one wave
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
 TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
 # Interpreter: small enough that small shapes have several tiles.
@@ -310,7 +311,7 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
         return CHUNKS
     if name == "sm90":
         tiles = -(-problem.M // TILES_SM90["block_n"]) * -(-problem.N // TILES_SM90["block_n"])  # pairs, 256 x 256
-        return TILES_SM90 if tiles > FEW_TILES_SM90 else TILES_FEW_SM90
+        return (TILES_SM90 if tiles > FEW_TILES_SM90 else TILES_FEW_SM90) | {"lead": _lead(problem)}
     if problem.op == "all_reduce" or name not in _TILED:
         return {}
     if topology.backend == "interp":
@@ -323,3 +324,12 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
     large = TILES_LARGE_M
     tiles = -(-problem.M // large["block_m"]) * -(-problem.N // large["block_n"])
     return large if tiles >= FEW_TILES else TILES_FEW
+
+
+def _lead(problem: Problem) -> int:
+    """Of the plan sm90: after how many of each peer's tiles the own ones begin; 0: last, which is better for L2."""
+    W = problem.world_size
+    # A wave of tiles sends W-1 sums or one partial each; one takes the link as long as a K of 2048 the products.
+    burst = W - 1 if problem.op == "gemm_all_reduce" else 1
+    balanced = problem.op == "gemm_all_reduce" and W == 2  # as much is sent before as after
+    return 0 if balanced or problem.K > 2048 * burst else -(-LEAD_SM90 // (W - 1))

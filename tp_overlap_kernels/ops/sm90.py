@@ -66,7 +66,7 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], _DTYPE_CODES[a.dtype]),
-        (_schedule(plan), plan["group_m"], word),
+        (_schedule(plan), plan["group_m"], plan["lead"], word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
@@ -82,7 +82,7 @@ class IssuedSm90:
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Schedule, int, int]  # schedule, rows of tiles in a group, call hash
+    rest: tuple[Schedule, int, int, int]  # schedule, rows of tiles in a group, lead, call hash
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""

@@ -4,6 +4,7 @@
 //     courier                                   carry 0 to its owner, flag | fetch partials of i                  store i
 //                 ---- tiles that peers own, the next rank's first ----     ---- own tiles ----
 //
+// Own tiles come last, or, where the link is the slower part, among the others and so many tiles behind them (Itinerary).
 // Staging holds one tile and is passed to and fro. The courier is one thread of the producer warpgroup: the copy engine
 // tells its stores' end only to the thread that gave them. Consumers never wait for the link, unless it is slower than
 // the products of a whole tile, nor for a flag, unless it is late by as much.
@@ -11,8 +12,7 @@
 // boxes from left to right. Fragments read back from it are those that were written.
 //
 // Staging, barrier by barrier (each wait is for the present phase or the one before, as parities need):
-//   free     courier -> consumers: a peer's tile has been read from staging, the next may be written. One phase a peer's
-//            tile; the wait for it comes before the next peer's tile, and own tiles come after all of those.
+//   free     courier -> consumers: the tile has been read from staging, the next may be written. One phase a tile.
 //   partial  courier and copy engine -> consumers: one partial lies in staging. The courier fetches it after it has
 //            itself seen the tile before read from there.
 //   taken    consumers -> courier: that partial has been added, and another follows.
@@ -126,23 +126,47 @@ struct TileOwners {
   }
 };
 
-// The tiles of a block in their order, the same for each of its roles: the next rank's first, our own last.
+// What is computed in a step: which tile (`number`) of the rank that comes how many after ours (returned; world_size:
+// ourselves). run: tiles of an owner.
+// lead = 0: all tiles of the next rank, then of the one after it, ..., our own last.
+// Else so many of each peer's, then in turn one of each peer's and one of our own, then what is left of our own: pushes are
+// spread over the whole call, and with W = 2 and an even number of clusters half of the blocks push while the others add.
+// Either way our own tile n stands behind the tile n that any peer computes for us, in steps that all ranks count alike.
+__host__ __device__ __forceinline__ int turn_of(int step, int run, int world_size, int lead, int* number) {
+  const int peers = world_size - 1;
+  if (lead == 0 || lead >= run) {
+    *number = step % run;
+    return 1 + step / run;
+  }
+  if (step < lead * peers) {
+    *number = step / peers;
+    return 1 + step % peers;
+  }
+  step -= lead * peers;
+  const int rounds = run - lead;
+  if (step >= rounds * world_size) {
+    *number = step - rounds * peers;
+    return world_size;
+  }
+  const int turn = 1 + step % world_size;
+  *number = step / world_size + (turn == world_size ? 0 : lead);
+  return turn;
+}
+
+// The tiles of a block, in the same order for each of its roles.
 template <typename Shape, typename Owners>
 class Itinerary {
  public:
-  __device__ Itinerary(const Owners& owners, int rank, int world_size, uint32_t rank_in_cluster)
-      : owners_(owners),
-        rank_(rank),
-        world_size_(world_size),
-        rank_in_cluster_(rank_in_cluster),
-        step_(blockIdx.x / Shape::kCluster) {}
+  __device__ Itinerary(const Owners& owners, const TpoGemmCollectiveArgs& args, uint32_t rank_in_cluster)
+      : owners_(owners), args_(args), rank_in_cluster_(rank_in_cluster), step_(blockIdx.x / Shape::kCluster) {}
 
   __device__ __forceinline__ bool next(Work* work) {
-    const int run = owners_.tiles_per_owner();
     bool found = false;
-    while (!found && step_ < world_size_ * run) {
-      found =
-          owners_.template find<Shape>((rank_ + 1 + step_ / run) % world_size_, step_ % run, rank_in_cluster_, work);
+    const int run = owners_.tiles_per_owner();
+    while (!found && step_ < args_.world_size * run) {
+      int number;
+      const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, &number);
+      found = owners_.template find<Shape>((args_.rank + turn) % args_.world_size, number, rank_in_cluster_, work);
       step_ += gridDim.x / Shape::kCluster;
     }
     return found;
@@ -150,7 +174,7 @@ class Itinerary {
 
  private:
   const Owners& owners_;
-  int rank_, world_size_;
+  const TpoGemmCollectiveArgs& args_;
   uint32_t rank_in_cluster_;
   int step_;
 };
@@ -262,14 +286,19 @@ struct Courier {
     staged_parity ^= 1;
   }
 
+  // The stores so far are a group; when they have been read, staging may be written again.
+  __device__ __forceinline__ void free_staging() {
+    end_store_group();
+    wait_stores_read<0>();
+    barrier_arrive(memory.free());
+  }
+
   // A peer's tile to its owner. Staging is free as soon as it has been read; the flag waits until it has been written.
   __device__ __forceinline__ void push_partial(const Work& work) {
     if (!failed) {
       store_bytes(staged_partial<Shape>(args, args.rank, work.owner, work.tile), memory.staging(0), Shape::kTileBytes);
-      end_store_group();
-      wait_stores_read<0>();
     }
-    barrier_arrive(memory.free());
+    free_staging();
     if (!failed) {
       wait_stores_written();
       order_with_tma();
@@ -367,7 +396,7 @@ template <typename Shape, typename Owners>
 __device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& params,
                                            const CollectiveMemory<Shape>& memory, uint32_t rank_in_cluster) {
   RingPosition<Shape::kStages> ring;
-  Itinerary<Shape, Owners> itinerary(params.owners, params.args.rank, params.args.world_size, rank_in_cluster);
+  Itinerary<Shape, Owners> itinerary(params.owners, params.args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
     load_tile<Shape>(memory, ring, &params.a, &params.b, work.row_a, work.in_sum.col, params.k_blocks, rank_in_cluster);
   }
@@ -380,13 +409,12 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
   const TpoGemmCollectiveArgs& args = params.args;
   Consumer<Shape> consumer(number, params.k_blocks);
   Epilogue<Element, Shape> epilogue(memory, number);
-  Itinerary<Shape, Owners> itinerary(params.owners, args.rank, args.world_size, rank_in_cluster);
+  Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
     float sum[Shape::kFragment];
     multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
-    if (work.owner != args.rank) {
-      epilogue.await_free();
-    } else {
+    epilogue.await_free();  // an own tile's partial has then been fetched: only the phase is counted
+    if (work.owner == args.rank) {
       epilogue.add_partials(sum, args.world_size);
       if (args.gemm.bias) add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
     }

@@ -54,7 +54,7 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
       courier.fetch_partial(work.tile, 0);
       courier.fetch_other_partials(work.tile);
       courier.await_staged();
-      courier.store_sum(&params.out, work);
+      if (work.in_sum.row < params.owners.rows_of(args.rank)) courier.store_sum(&params.out, work);
       courier.free_staging();
     }
   }
@@ -99,8 +99,8 @@ cudaError_t launch(const TpoGemmCollectiveArgs& args, cudaStream_t stream) {
   const int rows = divide_up(args.gemm.M, args.world_size);
   params.owners = RowOwners{grid_of<Shape>(rows, args.gemm.N, args.gemm.group_rows), args.gemm.M, rows};
   if (!has_room<Shape>(args, params.owners.tiles_per_owner())) return cudaErrorInvalidValue;
-  const int own_rows = std::clamp(args.gemm.M - args.rank * rows, 0, rows);
-  return launch_collective<Shape>(gemm_reduce_scatter_push<Element, Shape>, &params, own_rows, stream);
+  return launch_collective<Shape>(gemm_reduce_scatter_push<Element, Shape>, &params, params.owners.rows_of(args.rank),
+                                  stream);
 }
 
 template <typename Element, typename Shape>

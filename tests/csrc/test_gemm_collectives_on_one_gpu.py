@@ -151,6 +151,15 @@ def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
     assert all(member.control[EPOCH] == 4 * len(every) + 2 for member in group.ranks)
 
 
+def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it():
+    W, case = 4, Case(1, 64, 64, BF16, 4, "fewer rows than ranks")
+    group = Group(W)
+    play(group, case, [(SCATTER, 128, 0)], "normal", False)
+    for rank, member in enumerate(group.ranks):
+        flags = member.arena[group.room.partial_flags :][: 8 * W].view(torch.int64)  # of the first tile, by source
+        assert [bool(word >> 16) for word in flags.tolist()] == [source != rank for source in range(W)]
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_two_blocks_a_rank_are_enough(world_size):
     case = Case(1300, 1000, 136, BF16, world_size, "more tiles than blocks")

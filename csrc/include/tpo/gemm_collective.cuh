@@ -88,7 +88,8 @@ struct Work {
   int row_a;    // its first row in a
 };
 
-// Rank r owns the rows [r * rows_per_owner, (r + 1) * rows_per_owner) of M.
+// Rank r owns the rows [r * rows_per_owner, (r + 1) * rows_per_owner) of M. An owner without rows has its first tile all
+// the same, of zeros that nobody stores: every rank hears from every peer in every call, on which other kernels rely.
 struct RowOwners {
   TileGrid grid;  // of one owner
   int M, rows_per_owner;
@@ -103,11 +104,17 @@ struct RowOwners {
     work->tile = number * Shape::kCluster + static_cast<int>(rank_in_cluster);
     work->in_sum = Tile{first.row + static_cast<int>(rank_in_cluster) * Shape::kTileM, first.col};
     work->row_a = first_row + work->in_sum.row;
-    return first.row < min(rows_per_owner, M - first_row);  // equal in the blocks of a cluster
+    return number == 0 || first.row < rows_of(owner);  // equal in the blocks of a cluster
+  }
+
+  __host__ __device__ int rows_of(int owner) const {
+    const int rows = M - owner * rows_per_owner;
+    return rows < 0 ? 0 : rows < rows_per_owner ? rows : rows_per_owner;
   }
 };
 
-// The tiles of the whole product are dealt out in runs of the order in which they are walked.
+// The tiles of the whole product are dealt out in runs of the order in which they are walked. Rank 0 has one at least: each
+// rank gets its sum, which rank 0 has sent after it has heard from every other.
 struct TileOwners {
   TileGrid grid;
   int run;

@@ -48,7 +48,7 @@ enum TpoControl {
 
 /* Indices into `record`, which starts as zeros. */
 enum TpoRecord {
-  TPO_RECORD_ABORT = 0, /* written by the host: not 0 ends all waits */
+  TPO_RECORD_ABORT = 0, /* written by the host: bit 0 ends all waits, bit TPO_RECORD_ABORT_PEER + r those for rank r */
   TPO_RECORD_STATE = 1, /* 0 nothing, 2 complete */
   TPO_RECORD_CODE = 2,  /* TpoFailure */
   TPO_RECORD_OP = 3,    /* 1 gemm_all_reduce, 2 gemm_reduce_scatter, 3 all_reduce */
@@ -58,6 +58,8 @@ enum TpoRecord {
   TPO_RECORD_WANTED = 7, /* the header word that was waited for: epoch << 16 | call hash */
   TPO_RECORD_SEEN = 8    /* the peer's header word as last seen */
 };
+
+enum { TPO_RECORD_ABORT_PEER = 8 }; /* a bit of the abort word, not an index */
 
 enum TpoFailure { TPO_FAILURE_TIMEOUT = 1, TPO_FAILURE_MISMATCH = 2, TPO_FAILURE_ABORTED = 3 };
 

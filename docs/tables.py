@@ -1,4 +1,4 @@
-"""Writes the measured tables and pictures of README.md and docs/ anew, from bench/results/*.json.
+"""Writes the measured tables and pictures of README.md and docs/ anew, from bench/results/.
 
     python docs/tables.py
 
@@ -7,6 +7,7 @@ A block between `<!-- numbers: NAME -->` and `<!-- end -->` is replaced by what 
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 
@@ -17,6 +18,7 @@ from tp_overlap_kernels.bench.results import Row, best_unfused, read_rows
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WAYS = ("ours", "best unfused of each case", "matmul+nccl")
 SHOWN_M = (16, 1024, 8192)
+PROOF_PARTS = ("soak", "replay", "bits", "fuzz", "delay", "faults", "hog", "sanitizer")
 
 
 def graph_rows(path: pathlib.Path) -> list[Row]:
@@ -78,6 +80,26 @@ def every_case() -> str:
     return "\n\n".join(parts)
 
 
+def proof(folder: pathlib.Path = ROOT / "bench" / "results" / "proof") -> str:
+    """What each part of tests/proof counted, the last time it was run; then the tables of those that have few rows."""
+    lines = [_line("part", "counts", "violations", "run"), "| --- | --- | ---: | --- |"]
+    tables = []
+    for part in PROOF_PARTS:
+        files = [file for file in sorted(folder.glob("*.json")) if file.stem.partition("_")[0] == part]
+        if not files:
+            lines.append(_line(part, "not yet run", "", ""))
+        for file in files:
+            content = json.loads(file.read_text())
+            meta, rows = content["meta"], content["rows"]
+            counts = "; ".join(f"{name} {value}" for name, value in content["counts"].items())
+            run = f"{meta['world_size']} ranks, {meta['gpu']}, commit {meta['commit']}, {meta['date'][:10]}"
+            lines.append(_line(part, counts, len(content["failures"]), run))
+            if rows and part in ("delay", "faults", "sanitizer"):
+                tables += ["", f"`{file.name}`:", "", _line(*rows[0]), _line(*["---"] * len(rows[0]))]
+                tables += [_line(*row.values()) for row in rows]
+    return "\n".join(lines + tables)
+
+
 def _by_layer(rows: list[Row]) -> dict[str, dict[int, list[Row]]]:
     cases: dict[str, dict[int, list[Row]]] = {}
     for (_, _, layer, M), group in by_case(rows).items():
@@ -99,8 +121,8 @@ def _line(*cells: object) -> str:
 
 
 def main() -> None:
-    blocks = {"summary": summary, "six rows": six_rows, "runs": runs, "every case": every_case}
-    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    blocks = {"summary": summary, "six rows": six_rows, "runs": runs, "every case": every_case, "proof": proof}
+    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "proof.md"):
         text = path.read_text()
         for name, block in blocks.items():
             pattern = rf"(<!-- numbers: {name} -->\n).*?(<!-- end -->)"

@@ -9,6 +9,10 @@ import pytest
 from tests.dist import RankPool
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cycles", type=int, default=200, help="how often test_cycles makes and closes a group")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """`ranks(world_size)`: the pool of that size, kept for the session. See tests/dist.py."""

@@ -51,13 +51,14 @@ class RankTimeout(RankFailed):
 
 
 class RankPool:
-    """`world_size` processes with a gloo process group as their default group. Starts at the first `run`."""
+    """`world_size` processes with a default process group of `backend`. Starts at the first `run`."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, backend: str = "gloo") -> None:
+        self.world_size, self.backend = world_size, backend
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory | None = None
+        self._barrier: Any = None
 
     def run(self, task: Callable | str, *args: Any, timeout: float = 60) -> list[Any]:
         """`task(rank, world_size, *args)` on every rank; the results by rank.
@@ -80,12 +81,13 @@ class RankPool:
             raise
 
     def _start(self) -> None:
-        context = _fork_server()
+        context = fork_server()
         self._folder = tempfile.TemporaryDirectory(prefix="tpo-ranks-")
-        barrier = context.Barrier(self.world_size)
+        # Kept, since its memory would else be given to the next pool's barrier.
+        self._barrier = barrier = context.Barrier(self.world_size)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, theirs, barrier, self._folder.name)
+            arguments = (rank, self.world_size, theirs, barrier, self._folder.name, self.backend)
             process = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank {rank}")
             process.start()
             theirs.close()  # so that a rank's death ends the pipe
@@ -169,13 +171,13 @@ def barrier() -> None:
     _barrier.wait(60)
 
 
-def _serve(rank: int, world_size: int, pipe: Connection, meeting: Any, folder: str) -> None:
+def _serve(rank: int, world_size: int, pipe: Connection, meeting: Any, folder: str, backend: str) -> None:
     global _barrier
     _barrier = meeting
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for pytest, which ends the ranks
     stacks = open(Path(folder, f"stacks_{rank}"), "w")
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-    _answer(pipe, _join_group, rank, world_size, folder)
+    _answer(pipe, _join_group, rank, world_size, folder, backend)
     while True:
         try:
             message = pickle.loads(pipe.recv_bytes())
@@ -194,13 +196,13 @@ def _answer(pipe: Connection, function: Callable, *args: Any) -> None:
     pipe.send_bytes(answer)
 
 
-def _join_group(rank: int, world_size: int, folder: str) -> None:
+def _join_group(rank: int, world_size: int, folder: str, backend: str) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
 
 
 def _call(rank: int, world_size: int, name: str, args: tuple) -> Any:
@@ -216,7 +218,8 @@ def _call(rank: int, world_size: int, name: str, args: tuple) -> Any:
 _server_lock = threading.Lock()
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
+    """The multiprocessing context of ranks."""
     context = multiprocessing.get_context("forkserver")
     with (
         _server_lock,

@@ -45,21 +45,22 @@ def tag(rank: int, world_size: int) -> int:
     return (4 if world_size <= 4 else 2) ** rank
 
 
-def read_tags(value: float, world_size: int) -> str:
-    """What a wrong sum of tagged partials says, given with the sign that makes the right sum positive."""
+def read_tags(value: float, world_size: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """What a wrong sum of tagged partials says, given with the sign that makes the right sum positive.
+
+    A mistake may make a sum that dtype rounds; then several are named.
+    """
     tags = [tag(rank, world_size) for rank in range(world_size)]
-    lacking = sum(tags) - value
-    readings = ["every rank once"] if lacking == 0 else []
+    mistakes = {"every rank once": 0}
     for rank, own in enumerate(tags):
-        if lacking == own:
-            readings.append(f"rank {rank} is missing")
-        if lacking == -own:
-            readings.append(f"rank {rank} is there twice")
-        if lacking == 2 * own:
-            readings.append(f"the partial of rank {rank} is of another call")
+        mistakes[f"rank {rank} is missing"] = -own
+        mistakes[f"rank {rank} is there twice"] = own
+        mistakes[f"the partial of rank {rank} is of another call"] = -2 * own
         for other, theirs in enumerate(tags):
-            if lacking == own - theirs and own != theirs:
-                readings.append(f"rank {other} is there in place of rank {rank}")
+            if other != rank:
+                mistakes[f"rank {other} is there in place of rank {rank}"] = theirs - own
+    sums = torch.tensor([float(sum(tags) + change) for change in mistakes.values()]).to(dtype).tolist()
+    readings = [mistake for mistake, total in zip(mistakes, sums, strict=True) if total == value]
     return " or ".join(readings) or f"{value} fits no single mistake"
 
 

@@ -36,5 +36,9 @@ class PeerDied(GroupFailed):
     """The process of a peer has ended."""
 
 
+class PeerClosed(GroupFailed):
+    """A peer has closed the group while this rank still waits for it."""
+
+
 class CallMismatch(GroupFailed):
     """A peer made another call (op, shape, dtype or bias) where this rank made its own."""

@@ -51,24 +51,32 @@ def init(
     Collective: every rank of the group calls it, with equal arguments and settings. Where the group has an arena
     already, one that is large enough stays, and a smaller one is replaced, which graphs that were captured with it
     do not survive.
-    Errors: InvalidInput (bad sizes; ranks that disagree, with every rank's values; a larger arena asked for during
-    graph capture), UnsupportedTopology (more than 8 ranks, a store that cannot serve, several hosts).
+    Errors, on every rank, whichever rank has met them: InvalidInput (bad sizes or settings; ranks that disagree, with
+    every rank's values; a larger arena asked for during graph capture), UnsupportedTopology (more than 8 ranks, a
+    store that cannot serve, memory that cannot be had or that peers do not reach, several hosts), PeerDied and
+    PeerTimeout (a rank ends meanwhile, or never calls; how long it is waited for is torch.distributed's timeout).
     """
-    max_M = settings().max_tokens if max_M is None else max_M
-    max_N = DEFAULT_MAX_N if max_N is None else max_N
-    _check_sizes("init", max_M, max_N, dtype, 1)
-    level = settings().log_level
-    if level:
-        log.setLevel(level.upper())
+
+    def wish() -> arenas.Wish:
+        M = settings().max_tokens if max_M is None else max_M
+        N = DEFAULT_MAX_N if max_N is None else max_N
+        _check_sizes("init", M, N, dtype, 1)
+        level = settings().log_level
+        if level:
+            log.setLevel(level.upper())
+        return arenas.Wish(M, N, dtype, store)
+
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        old = arenas.find(arenas.name_of(group))
-        if old is not None and old.layout.max_M >= max_M and old.layout.max_N >= max_N and not old.record.failed:
+        old, asked = arenas.find(arenas.name_of(group)), wish()
+        room = old.layout if old is not None and not old.record.failed else None
+        if old is not None and room is not None and room.max_M >= asked.max_M and room.max_N >= asked.max_N:
             return _describe(old)
         raise InvalidInput(
             "init: the arena cannot be made or grown while a CUDA graph is being captured. "
-            f"Call tp_overlap_kernels.init(group, max_M={max_M}, max_N={max_N}) on every rank before the capture."
+            f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}) on every rank before the "
+            "capture."
         )
-    arena = arenas.obtain(group, max_M, max_N, dtype, store, execute.cpu_backend_in_force())
+    arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())
     _tag_compiled_code(arena, True)
     return _describe(arena)
 
@@ -89,7 +97,7 @@ def check(group: dist.ProcessGroup | None = None) -> None:
     """Raise if a device wait of the group has failed so far; looks at one word of host memory and waits for nothing.
 
     Every op call does this first. After torch.cuda.synchronize() it says whether the results at hand are good.
-    Errors: PeerTimeout, CallMismatch, PeerDied (all GroupFailed), NotInitialised.
+    Errors: PeerTimeout, CallMismatch, PeerDied, PeerClosed (all GroupFailed), NotInitialised.
     """
     arenas.get(arenas.name_of(group), "check").check()
 

@@ -112,7 +112,8 @@ __device__ __forceinline__ Status await_header(const TpoAllReduceArgs& args, con
   Patience patience(args.control, args.record, args.timeout_ns);
   Status status = kOk;
   int64_t seen = peek_relaxed(own);
-  while (seen >> 16 < call.epoch && (status = patience.spent()) == kOk) seen = peek_relaxed(own);
+  while (seen >> 16 < call.epoch && (status = patience.spent(peer)) == kOk) seen = peek_relaxed(own);
+  if (status != kOk && (seen = peek_relaxed(own)) >> 16 >= call.epoch) status = kOk;
   if (status == kOk && seen >> 16 == call.epoch && seen != wanted) status = kMismatch;
   if (status != kOk) {
     report_failure(args.control, args.record, status, Waiter{kOpAllReduce, args.rank, peer, blockIdx.x, wanted, seen});
@@ -177,14 +178,18 @@ __device__ __forceinline__ Status receive_and_add(const TpoAllReduceArgs& args, 
   const char* slots = slot(args, call.base[args.rank], call.buffer, 0) + int64_t{kVecBytes} * index;
   Patience patience(args.control, args.record, args.timeout_ns);
   Vec from[kWorld];
-  for (;;) {
+  Status status = kOk;
+  for (int asked = -1;;) {
     int missing = -1;
 #pragma unroll
     for (int r = 0; r < kWorld; ++r) from[r] = r == args.rank ? own : poll_relaxed(slots + r * args.sentinel_bytes);
 #pragma unroll
     for (int r = 0; r < kWorld; ++r) missing = holds_sentinel(from[r]) ? r : missing;
     if (missing < 0) break;
-    if (const Status status = patience.spent(); status != kOk) {
+    if (status == kOk || missing != asked) {
+      asked = missing;
+      status = patience.spent(missing);
+    } else {
       const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, missing));
       report_failure(args.control, args.record, status,
                      Waiter{kOpAllReduce, args.rank, missing, blockIdx.x, call_word(call.epoch, args.call_hash), seen});
@@ -193,6 +198,14 @@ __device__ __forceinline__ Status receive_and_add(const TpoAllReduceArgs& args, 
   }
   *total = sum_vecs<Element, kWorld>(from);
   return kOk;
+}
+
+// The blocks that have not failed may have stored their sums, or be about to, of what came in time: let them end.
+__device__ __forceinline__ void spoil(const TpoAllReduceArgs& args) {
+  for (int i = 0; i < 2000; ++i) __nanosleep(1000);
+  for (int index = threadIdx.x; index < vecs_of(args.n_elems); index += blockDim.x) {
+    store_vec(args.out, index, args.n_elems, splat(kNan));
+  }
 }
 
 // ---- the kernel ---------------------------------------------------------------------------------------------------
@@ -223,6 +236,8 @@ __global__ void __launch_bounds__(kMaxDataThreads + kWatchers)
   // 4. store, once the headers are known to agree too
   const bool agreed = __syncthreads_and(status == kOk);
   if (has_data) store_vec(args.out, index, args.n_elems, agreed ? total : splat(kNan));
+  // 5. all of out, if this call failed here; if the group had failed before it, every block knows by itself
+  if (!agreed && !call.failed) spoil(args);
 }
 
 // ---- the launcher -------------------------------------------------------------------------------------------------

@@ -83,8 +83,9 @@ __device__ __forceinline__ void publish_sum(const Courier<Shape>& courier, const
   }
 }
 
+// By one thread. Returns whether a wait has failed in this call.
 template <typename Shape>
-__device__ __forceinline__ void carry_tiles(const Params& params, const CollectiveMemory<Shape>& memory,
+__device__ __forceinline__ bool carry_tiles(const Params& params, const CollectiveMemory<Shape>& memory,
                                             uint32_t rank_in_cluster) {
   const TpoGemmCollectiveArgs& args = params.args;
   Courier<Shape> courier(args, memory, kOpAllReduce);
@@ -111,6 +112,7 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
     if (fetched) courier.fetch_partial(work.tile, 0);
     publish_sum(courier, params, tile);
   }
+  return courier.failed && !courier.failed_before;
 }
 
 // ---- the collector, a warp ------------------------------------------------------------------------------------------
@@ -175,13 +177,15 @@ struct Collector {
   }
 };
 
-// The sums of the other owners, from the arena to out, in the order in which they are computed.
+// The sums of the other owners, from the arena to out, in the order in which they are computed. Returns whether a wait has
+// failed in this call.
 template <typename Shape>
-__device__ __forceinline__ void collect_tiles(const Params& params, const CollectiveMemory<Shape>& memory) {
+__device__ __forceinline__ bool collect_tiles(const Params& params, const CollectiveMemory<Shape>& memory) {
   const TpoGemmCollectiveArgs& args = params.args;
   barrier_wait(memory.begun(), 0);
   const int64_t word = call_word(get_shared(memory.epoch()), args.call_hash);
-  int failed = get_shared(memory.failed()) != 0;
+  const int failed_before = get_shared(memory.failed()) != 0;
+  int failed = failed_before;
   Collector<Shape> collector{params, memory, {}, {}};
   const int peers = args.world_size - 1;
   const int total = peers * tiles_of_owner<Shape>(params);
@@ -201,6 +205,7 @@ __device__ __forceinline__ void collect_tiles(const Params& params, const Collec
     failed = __shfl_sync(0xffffffffu, failed, 0);
     if (failed) collector.give_up(work.in_sum);
   }
+  return failed && !failed_before;
 }
 
 // ---- the kernel -------------------------------------------------------------------------------------------------------
@@ -225,8 +230,11 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();
     if (threadIdx.x == 0) load_tiles(params, memory, rank_in_cluster);
-    if (threadIdx.x == kCourierThread) carry_tiles(params, memory, rank_in_cluster);
-    if (threadIdx.x / 32 == kTransitWarp) collect_tiles(params, memory);
+    bool failed = false;
+    if (threadIdx.x / 32 == kCourierWarp)
+      failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
+    if (threadIdx.x / 32 == kTransitWarp) failed = collect_tiles(params, memory);
+    if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.args.gemm.M);
   } else {
     take_registers<kCollectiveConsumerRegisters>();
     compute_tiles<Element>(params, memory, warpgroup - 1, rank_in_cluster);

@@ -39,8 +39,9 @@ constexpr int kOpReduceScatter = 2;  // in the record
 
 using Params = CollectiveParams<RowOwners>;
 
+// By one thread. Returns whether a wait has failed in this call.
 template <typename Shape>
-__device__ __forceinline__ void carry_tiles(const Params& params, const CollectiveMemory<Shape>& memory,
+__device__ __forceinline__ bool carry_tiles(const Params& params, const CollectiveMemory<Shape>& memory,
                                             uint32_t rank_in_cluster) {
   const TpoGemmCollectiveArgs& args = params.args;
   Courier<Shape> courier(args, memory, kOpReduceScatter);
@@ -59,6 +60,7 @@ __device__ __forceinline__ void carry_tiles(const Params& params, const Collecti
     }
   }
   courier.leave();
+  return courier.failed && !courier.failed_before;
 }
 
 template <typename Element, typename Shape>
@@ -80,7 +82,10 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push(cons
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();
     if (threadIdx.x == 0) load_tiles(params, memory, rank_in_cluster);
-    if (threadIdx.x == kCourierThread) carry_tiles(params, memory, rank_in_cluster);
+    if (threadIdx.x / 32 == kCourierWarp) {
+      const bool failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
+      if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.owners.rows_of(params.args.rank));
+    }
   } else {
     take_registers<kCollectiveConsumerRegisters>();
     compute_tiles<Element>(params, memory, warpgroup - 1, rank_in_cluster);

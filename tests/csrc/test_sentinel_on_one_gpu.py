@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.values import assert_sum, in_order, shuffled_patterns
 from tp_overlap_kernels import native
 from tp_overlap_kernels.kernels.all_reduce_one_shot_sentinel import BF16, FP16, SentinelLauncher
 
@@ -121,6 +122,23 @@ def test_sum_in_rank_order_bit_for_bit_over_many_calls(world_size, dtype):
         xs = inputs(world_size, n, dtype, seed=call)
         assert_same_bits(group.all_reduce(xs), rank_order_sum(xs))
     assert all(member.control[EPOCH] == 2 * len(lengths) for member in group.ranks)
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_every_bit_pattern_is_data(world_size, dtype):
+    """No word of data is taken for the sentinel: 0x8000, half of it, counts as +0.0, whatever stands beside it."""
+    group = Group(world_size)
+    shuffled = [shuffled_patterns(rank, dtype).cuda() for rank in range(world_size)]
+    negative = torch.full_like(shuffled[0], -0.0)
+    alternating = torch.stack([shuffled[0], negative], 1).flatten()  # beside every pattern a negative zero
+    silent = [torch.zeros_like(alternating)] * (world_size - 1)
+    for xs in (shuffled, [negative] * world_size, [alternating, *silent], [*silent, alternating.flip(0)]):
+        expected = in_order([x.cpu() for x in xs])
+        outs = group.all_reduce(xs)
+        for rank, out in enumerate(outs):
+            assert_sum(out.cpu(), expected, f"rank {rank}")
+        assert_same_bits(outs, outs[0])
 
 
 @pytest.mark.parametrize("data_threads", [32, 128, 512])

@@ -250,15 +250,91 @@ def failures_are_named(rank: int, W: int) -> None:
     late_ranks(rank, W)
 
 
-def _expect(kind: type[Exception], call) -> None:
-    out = call()
+def a_rank_that_closes_ends_the_waits_for_it(rank: int, W: int) -> None:
+    """Long before the timeout; the others are told by words in host memory, and every rank names it."""
+    group, arena = group_name(), arenas.get(group_name())
+    arena.timeout_s = 60.0
+    a, b = torch.ones(64, 256, device="cuda").bfloat16(), torch.ones(512, 256, device="cuda").bfloat16()
+    for plan in ("one_shot", "two_shot", "unfused_sentinel"):
+        with tpo.force_plan(plan):
+            OPS.gemm_all_reduce(a, b, group)  # compiled, where it is not yet
+            torch.cuda.synchronize()
+            dist.barrier()
+            started = time.monotonic()
+            if rank == W - 1:
+                time.sleep(0.3)
+            else:
+                _expect(tpo.PeerClosed, lambda: OPS.gemm_all_reduce(a, b, group), f"rank {W - 1}")
+                assert time.monotonic() - started < 3, "the wait lasted"
+        tpo.close()
+        tpo.init(max_M=8192, max_N=8192)
+        arenas.get(group).timeout_s = 60.0
+
+
+def one_rank_that_gives_up_tells_the_others(rank: int, W: int) -> None:
+    """Rank W-1 never comes; rank 0 gives up after two seconds, the others would wait a minute."""
+    if W < 3:
+        return
+    group = group_name()
+    arenas.get(group).timeout_s = 2.0 if rank == 0 else 60.0
+    a, b = torch.ones(64, 256, device="cuda").bfloat16(), torch.ones(512, 256, device="cuda").bfloat16()
+    dist.barrier()
+    started = time.monotonic()
+    if rank != W - 1:
+        _expect(tpo.PeerTimeout, lambda: OPS.gemm_all_reduce(a, b, group), f"rank {W - 1}")
+        assert time.monotonic() - started < 6, "it was not told"
+    dist.barrier()
+    tpo.close()
+    tpo.init(max_M=8192, max_N=8192)
+
+
+def streams_take_turns(rank: int, W: int) -> None:
+    """Calls on three streams that nobody orders, busy for a while each, other whiles on other ranks; then captured."""
+    group = group_name()
+    case = Case(300, 1024, 256, torch.bfloat16, W, "streams")
+    plans = ("one_shot", "two_shot", "unfused_two_shot")
+    inputs = [operands(case, rank, call) for call in range(9)]
     torch.cuda.synchronize()
-    assert out.isnan().all(), "the output of a failed call is not NaN"
+    streams, outs = [torch.cuda.Stream() for _ in range(3)], []
+    for call, (a, b) in enumerate(inputs):
+        with torch.cuda.stream(streams[call % 3]), tpo.force_plan(plans[call // 3 % 3]):
+            torch.cuda._sleep(1_000_000 * ((call * 5 + rank * 3) % 7))
+            outs.append(OPS.gemm_all_reduce(a, b, group))
+    torch.cuda.synchronize()
+    tpo.check()
+    graph, main, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=main), tpo.force_plan("two_shot"):
+        side.wait_stream(main)
+        captured = []
+        for call, (a, b) in enumerate(inputs):
+            with torch.cuda.stream(side if call % 2 else main):
+                captured.append(OPS.gemm_all_reduce(a, b, group))
+        main.wait_stream(side)
+    for _ in range(3):
+        for out in captured:
+            out.fill_(float("nan"))
+        graph.replay()
+    torch.cuda.synchronize()
+    tpo.check()
+    for call, pair in enumerate(zip(outs, captured, strict=True)):
+        exact = truth(case, call)
+        for out in pair:
+            check(out, exact, tolerance(exact, Rounding.WIRE), f"call {call} on another stream")
+
+
+def _expect(kind: type[Exception], call, named: str = "rank") -> None:
+    try:
+        out = call()
+    except kind:
+        pass  # told of the failure before it called
+    else:
+        torch.cuda.synchronize()
+        assert out.isnan().all(), "the output of a failed call is not NaN"
     for attempt in (tpo.check, call):
         try:
             attempt()
         except kind as error:
-            assert "rank" in str(error), error
+            assert named in str(error), error
         else:
             raise AssertionError(f"{attempt} passed on a failed group")
     if kind is tpo.CallMismatch:
@@ -275,4 +351,7 @@ CHECKS = (
     compiles,
     growth_in_capture_is_refused,
     failures_are_named,
+    streams_take_turns,
+    a_rank_that_closes_ends_the_waits_for_it,
+    one_rank_that_gives_up_tells_the_others,
 )

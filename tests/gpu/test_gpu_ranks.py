@@ -14,6 +14,7 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
+MODULES = ("checks", "mixtures", "values", "peers")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(280),
@@ -85,7 +86,7 @@ def reports(request, tmp_path_factory):
     return report
 
 
-@pytest.mark.parametrize(("module", "name"), [(m, name) for m in ("checks", "mixtures") for name in names_of(m)])
+@pytest.mark.parametrize(("module", "name"), [(m, name) for m in MODULES for name in names_of(m)])
 def test_on_devices(reports, module, name):
     report = reports(module, name)
     if report != "ok":

@@ -14,6 +14,7 @@ BARRIER = re.compile(r"\b(barrier\.(sync|red)|bar\.(sync|red))")
 WEAK_STORE = re.compile(r"\bst\.global\b")
 WEAK_LOAD = re.compile(r"\bld\.global\b")
 RELEASE = re.compile(r"\bst\.release\.sys\.global")
+ON_REGISTERS = re.compile(r"(mov|setp)\.")
 RECORD_WRITTEN = re.compile(r"st\.release\.sys\.global\.b64 \[%\w+ \+ 8\], 2;")  # one thread's own words before it
 
 
@@ -28,19 +29,23 @@ def count(ptx: str, pattern: str) -> int:
 
 
 def barrier_before_release(ptx: str) -> None:
-    """No store of the CTA stands between the last barrier and a release: one thread releases what all have stored."""
-    releases, dirty = 0, None
+    """A barrier of the CTA stands right before each release: one thread releases what all have stored.
+
+    A barrier further up would do only as long as no branch goes around it.
+    """
+    releases, since_barrier = 0, None
     for line in lines_of(ptx):
         assert "cp.async.bulk" not in line or ".global.shared" not in line, (
             f"an asynchronous store, not looked at: {line}"
         )
         if BARRIER.search(line):
-            dirty = None
-        elif WEAK_STORE.search(line):
-            dirty = line
+            since_barrier = []
         elif RELEASE.search(line) and not RECORD_WRITTEN.search(line):
             releases += 1
-            assert dirty is None, f"no barrier of the CTA between {dirty!r} and {line!r}"
+            others = ["anything"] if since_barrier is None else [x for x in since_barrier if not ON_REGISTERS.match(x)]
+            assert not others, f"no barrier of the CTA between {others[-1]!r} and {line!r}"
+        elif since_barrier is not None:
+            since_barrier.append(line)
     assert releases, "nothing is released at system scope"
 
 
@@ -70,6 +75,35 @@ def every_wait_has_a_clock(ptx: str) -> None:
         )
 
 
+def whole_epochs_are_compared(ptx: str) -> None:
+    """A slot counts as raised from its epoch on, all 48 bits of it: a slot that is seldom written may be far behind."""
+    text = "\n".join(lines_of(ptx))
+    waits = re.findall(r"ld\.acquire\.sys\.global.*?bra arrived", text, flags=re.S)
+    assert waits, "nothing waits"
+    for wait in waits:
+        assert re.search(r"b64 (\w+), .*\nshr\.u64 (\w+), \1, 16;\nsetp\.ge\.[su]64 \w+, \2, wanted;", wait), (
+            f"compared otherwise: {wait!r}"
+        )
+
+
+def system_scope(ptx: str) -> None:
+    """What is acquired and released reaches other devices; device scope is for words of `control`, none is narrower.
+
+    Nothing polls with `volatile`, which acquires nothing, and no fence stands in the place of a release.
+    """
+    for line in lines_of(ptx):
+        assert not re.search(r"\bmembar\b|\bfence\.(sc|acq_rel)", line), f"a fence, not looked at: {line!r}"
+        found = re.search(r"\b(ld|st|atom|red)\.(\S+)", line)
+        if not found or "global" not in found[2]:
+            continue
+        kind, modifiers = found[1], found[2].split(".")
+        assert not {"volatile", "mmio", "cta", "cluster"} & set(modifiers), f"too small a scope: {line!r}"
+        if {"acquire", "release"} & set(modifiers):
+            assert "sys" in modifiers, f"no other device sees it: {line!r}"
+        if kind in ("atom", "red"):
+            assert "acq_rel" in modifiers and {"gpu", "sys"} & set(modifiers), f"an atomic without order: {line!r}"
+
+
 def sixteen_byte_accesses(ptx: str, narrow_loads: bool = False) -> None:
     """Tiles go 16 bytes at a time, and no store is narrower than a word of 8 (a header).
 
@@ -87,6 +121,26 @@ def plain_loads(compiled) -> None:
     assert not count(compiled.asm["ptx"], r"\bld\.global\S*\.nc"), "ld.global.nc"
     constant = re.findall(r"LDG\.\S*CONSTANT\S*", compiler.sass(compiled))
     assert not constant, f"{len(constant)} loads as of constants: {constant[0]}"
+
+
+# Arguments that a row, a slot or an owner is multiplied by, and where large regions begin.
+STRIDES = ("pitch", "out_pitch", "part", "slot_bytes", "staging_slot_bytes", "slots_offset", "staging_offset")
+STRIDES += ("result_offset",)
+
+
+def addresses_in_64_bits(compiled, names: tuple[str, ...] = STRIDES) -> None:
+    """A stride or an offset is widened before anything is multiplied by it or added to it; PTX no longer says which."""
+    ttir = compiled.asm["ttir"]
+    arguments = ttir[ttir.index("tt.func public") :].split(")\n")[0].split("{\n")[0]
+    present = [name for name in names if re.search(rf"%{name}: i(32|64)", arguments)]
+    assert present, "no stride among the arguments"
+    for line in ttir.split("\n"):
+        for name in present:
+            words = r"arith\.(muli|shli)"
+            if name != "part":  # which local indices are compared with, and which is rounded up to blocks
+                words += r"|tt\.splat|arith\.addi"
+            narrow = re.search(rf"= ({words}) .*%{name}\b.*: (i32|tensor<\w+xi32>)", line)
+            assert not narrow, f"{name} in 32 bits: {line.strip()}"
 
 
 def no_multicast(ptx: str) -> None:

@@ -105,7 +105,7 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 def gemm(
     op: str, name: str, M: int, N: int, K: int, world_size: int = 2, *, bias: bool = False, dtype: torch.dtype = BF16
 ) -> Launched:
-    """The launch of a fused plan with the parameters that dispatch gives it for this shape."""
+    """The launch of a fused plan, with the parameters that its text gives or else dispatch does for this shape."""
     room = arena(world_size, max_N=max(8192, N))
     problem = Problem(op, M, N, K, "bfloat16" if dtype == BF16 else "float16", world_size, bias)
     topology = Topology("NVIDIA H200", "cuda", world_size, one_shot_bytes=1 << 40)
@@ -115,7 +115,7 @@ def gemm(
         ("gemm_all_reduce", "two_shot"): launches.gemm_all_reduce_two_shot,
         ("gemm_reduce_scatter", "one_shot"): launches.gemm_reduce_scatter_one_shot,
         ("gemm_reduce_scatter", "push"): launches.gemm_reduce_scatter,
-    }[op, name]
+    }[op, plan.name]
     rows = M if op == "gemm_all_reduce" else -(-M // world_size)
     with recording() as made:
         some_bias = empty(N, dtype=dtype) if bias else None

@@ -1,4 +1,7 @@
-"""Every Triton kernel in every configuration that dispatch gives by default, compiled for sm_90a without a GPU."""
+"""Every Triton kernel in every configuration that we ship, compiled for sm_90a without a GPU.
+
+Those are what dispatch gives by default, at several world sizes and for both dtypes, and what its tables name.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import functools
 
 import pytest
 import triton
-import triton.language as tl
 
-from tests import ptx as compiler
-from tests.kernels import gates
+from tests.kernels import gates, ir_gates
 from tests.kernels.launched import BF16, FP16, Launched, copying, empty, gemm, signalling
+from tp_overlap_kernels.dispatch.table import TABLES, parse
 from tp_overlap_kernels.kernels import stream_signals
+from tp_overlap_kernels.ops import launches
 
 AR, RS = "gemm_all_reduce", "gemm_reduce_scatter"
 # op, plan, M, N, K, world size, bias, dtype: each default tile, then worlds, a bias, the other dtype
@@ -55,6 +58,7 @@ COPIES = [
     ("push", 1 << 25, 8),
 ]
 SIGNALS = {
+    "spoil_call": lambda call: launches.spoil(call.arena, empty(64, 64)),
     "begin_call": lambda call: call.begin(),
     "wait_peers": lambda call: call.wait_peers(),
     "notify_peer": lambda call: call.notify(4096, 1),
@@ -91,6 +95,8 @@ def test_signals_of_a_gemm(row):
     _, compiled = of_gemm(row)
     check_signals(compiled)
     gates.plain_loads(compiled)
+    ir_gates.tma_of_arguments(compiled)
+    gates.addresses_in_64_bits(compiled)
 
 
 @pytest.mark.parametrize("row", GEMMS, ids=label)
@@ -109,7 +115,10 @@ def check_signals(compiled):
     gates.barrier_before_release(text)
     gates.barrier_after_acquire(text)
     gates.every_wait_has_a_clock(text)
+    gates.whole_epochs_are_compared(text)
+    gates.system_scope(text)
     gates.no_multicast(text)
+    ir_gates.loads_follow_their_wait(compiled)
 
 
 def test_odd_sizes_compile_too():
@@ -129,10 +138,64 @@ def test_kernels_that_copy(row):
     compiled = of_copy(row)
     check_signals(compiled)
     gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
     gates.sixteen_byte_accesses(compiled.asm["ptx"])
     gates.no_spills(compiled, ADDRESSES_BYTES)
     gates.fits_an_sm(compiled)
     gates.waits_for_the_kernel_before(compiled.asm["ptx"])
+
+
+# --- what the tables name, the runners-up too: one of them runs where the first cannot
+
+
+def of_tables() -> dict[str, Launched]:
+    """One launch for each way in which a kernel is compiled."""
+    copies = {"one_shot": "one_shot", "two_shot": "two_shot"}
+    copies |= {"unfused_one_shot": "one_shot", "unfused_two_shot": "two_shot", "unfused_push": "push"}
+    found = {}
+    for path in sorted(TABLES.glob("*.json")):
+        table = parse(path.read_text(), path.name)
+        for entry in table.entries:
+            for plan in entry.plans:
+                if entry.op != "all_reduce" and plan.name in ("one_shot", "two_shot", "push"):
+                    launched = gemm(entry.op, str(plan), entry.M, entry.N, entry.K, table.world_size)
+                    sizes = "" if entry.N % 16 == entry.K % 16 == 0 else f" N={entry.N} K={entry.K}"
+                elif plan.name in copies:
+                    launched, sizes = copying(copies[plan.name], entry.M * entry.N, table.world_size), ""
+                else:
+                    continue
+                meta = " ".join(f"{key}={value}" for key, value in launched.meta.items() if isinstance(value, int))
+                found[f"{launched.name} {meta}{sizes}"] = launched
+    return found
+
+
+SHIPPED = of_tables()
+
+
+@pytest.mark.slow  # all of them together
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_the_tables_name(name):
+    launched = SHIPPED[name]
+    compiled, meta = launched.compile(), launched.meta
+    check_signals(compiled)
+    gates.plain_loads(compiled)
+    gates.addresses_in_64_bits(compiled)
+    gates.fits_an_sm(compiled)
+    elements = meta["BLOCK_M"] * meta["BLOCK_N"] if "BLOCK_M" in meta else meta["BLOCK"]
+    if elements >= 8 * 32 * meta["num_warps"]:  # of 16 x 32 elements each of 128 threads has 8 bytes
+        gates.sixteen_byte_accesses(compiled.asm["ptx"])
+    if "BLOCK_M" in meta:
+        ir_gates.tma_of_arguments(compiled)
+        gates.pipelined(compiled, meta["BLOCK_M"], meta["BLOCK_N"], meta["BLOCK_K"], meta["num_stages"])
+        gates.no_spills(compiled)
+    else:
+        gates.waits_for_the_kernel_before(compiled.asm["ptx"])
+        gates.no_spills(compiled, ADDRESSES_BYTES)
+
+
+def test_the_tables_are_looked_at():
+    kernels = {launched.name for launched in SHIPPED.values()}
+    assert len(SHIPPED) >= 20 and kernels >= {"gemm_all_reduce_two_shot_push", "reduce_scatter_push"}, SHIPPED.keys()
 
 
 # --- kernels that only signal
@@ -145,6 +208,7 @@ def test_kernels_that_signal(name):
     compiled = launched.compile()
     text = compiled.asm["ptx"]
     gates.no_multicast(text)
+    gates.system_scope(text)
     gates.plain_loads(compiled)
     gates.no_spills(compiled)
     if name in ("notify_peer", "end_call"):
@@ -163,140 +227,3 @@ def test_no_kernel_is_left_out():
 def test_no_epoch_is_an_argument(launched):
     """It would be baked into a CUDA graph, and every replay after the first would wait for nothing."""
     assert not {name for name in launched.kernel.arg_names if "epoch" in name or "parity" in name or "half" == name}
-
-
-# --- each gate fails where it should
-
-
-@triton.jit
-def releases_without_barrier(x_ptr, slot_ptr):
-    index = tl.arange(0, 1024)
-    tl.store(x_ptr + index, index)
-    tl.inline_asm_elementwise(
-        "st.release.sys.global.b64 [$1], 7; mov.u32 $0, 0;", "=r,l", [slot_ptr.to(tl.int64)], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def loads_before_the_barrier(x_ptr, out_ptr, slot_ptr):
-    seen = tl.inline_asm_elementwise(
-        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [slot_ptr.to(tl.int64)], tl.int64, False, 1
-    )
-    index = tl.arange(0, 1024)
-    tl.store(out_ptr + index, tl.load(x_ptr + index) + seen.to(tl.int32))
-
-
-@triton.jit
-def waits_for_ever(slot_ptr):
-    tl.inline_asm_elementwise(
-        """{ .reg .pred here; .reg .b64 seen; .reg .b32 none;
-        poll: ld.acquire.sys.global.b64 seen, [$1]; setp.ne.s64 here, seen, 0; @!here bra poll;
-        barrier.red.or.pred here, 0, here; mov.u32 $0, 0; }""",
-        "=r,l", [slot_ptr.to(tl.int64)], tl.int32, False, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def loads_as_constant(x_ptr, out_ptr):
-    value = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [x_ptr.to(tl.int64)], tl.int32, False, 1)
-    tl.store(out_ptr, value)
-
-
-@triton.jit
-def stores_narrowly(table_ptr, value_ptr):
-    """An address from memory, without the hint that it is a multiple of 16."""
-    index = tl.arange(0, 1024)
-    out = tl.load(table_ptr).to(tl.pointer_type(tl.bfloat16))
-    tl.store(out + index, tl.load(value_ptr + index))
-
-
-@triton.jit
-def looks_before_it_waits(x_ptr, out_ptr):
-    early = tl.load(x_ptr)
-    tl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)
-    tl.store(out_ptr, early)
-
-
-def compiled_example(kernel, **types):
-    return compiler.hopper(kernel, types, {"num_warps": 4}, [name for name in types])
-
-
-BAD = [
-    (
-        releases_without_barrier,
-        {"x_ptr": "*i32", "slot_ptr": "*i64"},
-        gates.barrier_before_release,
-        "no barrier of the CTA",
-    ),
-    (
-        loads_before_the_barrier,
-        {"x_ptr": "*i32", "out_ptr": "*i32", "slot_ptr": "*i64"},
-        gates.barrier_after_acquire,
-        "no barrier of the CTA",
-    ),
-    (
-        loads_before_the_barrier,
-        {"x_ptr": "*i32", "out_ptr": "*i32", "slot_ptr": "*i64"},
-        gates.every_wait_has_a_clock,
-        "end",
-    ),
-    (waits_for_ever, {"slot_ptr": "*i64"}, gates.every_wait_has_a_clock, "a wait without end"),
-    (stores_narrowly, {"table_ptr": "*i64", "value_ptr": "*bf16"}, gates.sixteen_byte_accesses, "no 16-byte store"),
-    (looks_before_it_waits, {"x_ptr": "*i32", "out_ptr": "*i32"}, gates.waits_for_the_kernel_before, "ld.global"),
-    (stores_narrowly, {"table_ptr": "*i64", "value_ptr": "*bf16"}, gates.barrier_before_release, "nothing is released"),
-    (stores_narrowly, {"table_ptr": "*i64", "value_ptr": "*bf16"}, gates.barrier_after_acquire, "nothing is acquired"),
-    (stores_narrowly, {"table_ptr": "*i64", "value_ptr": "*bf16"}, gates.tensor_cores, "no wgmma"),
-    (stores_narrowly, {"table_ptr": "*i64", "value_ptr": "*bf16"}, gates.waits_for_the_kernel_before, "griddepcontrol"),
-]
-
-
-@pytest.mark.parametrize("kernel, types, gate, text", BAD, ids=lambda x: getattr(x, "__name__", None) or "")
-def test_a_bad_kernel_does_not_pass(kernel, types, gate, text):
-    with pytest.raises(AssertionError, match=text):
-        gate(compiled_example(kernel, **types).asm["ptx"])
-
-
-def test_loads_of_constants_do_not_pass():
-    with pytest.raises(AssertionError, match=r"ld\.global\.nc"):
-        gates.plain_loads(compiled_example(loads_as_constant, x_ptr="*i32", out_ptr="*i32"))
-
-
-def test_multicast_does_not_pass():
-    for line in (
-        "multimem.red.relaxed.sys.global.add.f32 [%rd1], %f1;",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r1], ...",
-    ):
-        with pytest.raises(AssertionError, match="multi"):
-            gates.no_multicast(f"mov.u32 %r1, 0;\n{line}\nret;")
-
-
-def test_a_store_between_barrier_and_release_does_not_pass():
-    good = "bar.sync 0;\n@%p1 st.release.sys.global.b64 [%rd1], %rd2;"
-    gates.barrier_before_release(good)
-    with pytest.raises(AssertionError, match="no barrier of the CTA"):
-        gates.barrier_before_release(good.replace("0;\n", "0;\n@%p2 st.global.v4.b32 [%rd3], {%r1, %r2, %r3, %r4};\n"))
-    with pytest.raises(AssertionError, match="asynchronous"):
-        gates.barrier_before_release("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1], [%r1];\n" + good)
-
-
-def with_tiles(**tiles) -> Launched:
-    launched = gemm(*GEMMS[0][:6])
-    return Launched(launched.kernel, launched.args, launched.meta | tiles)
-
-
-def test_a_kernel_without_stages_does_not_pass():
-    launched = with_tiles(num_stages=1)
-    with pytest.raises(AssertionError, match="stages"):
-        gates.pipelined(launched.compile(), 128, 256, 64, num_stages=3)
-
-
-def test_a_tile_that_spills_does_not_pass():
-    launched = with_tiles(num_warps=4)
-    with pytest.raises(AssertionError, match="STACK"):
-        gates.no_spills(launched.compile())
-
-
-def test_a_tile_that_is_too_large_does_not_pass():
-    launched = with_tiles(num_stages=5)
-    with pytest.raises(AssertionError, match="bytes of shared memory"):
-        gates.fits_an_sm(launched.compile())

@@ -65,6 +65,7 @@ class Call:
     into_out: bool = False  # the _out form, into a tensor full of NaN
     plan: str | None = None
     layout: str = "contiguous"  # of every input; a name of LAYOUTS
+    layout_b: str | None = None  # of b, where it is another
     leading: tuple[int, ...] | None = None  # a is [*leading, K], x is [*leading]; None: [M, K] and [N]
     late_rank: int | None = None  # sleeps before the call
     late_s: float = 0.06
@@ -159,20 +160,25 @@ def prepare_arena(setup: Setup) -> arenas.Arena:
 
 def operands(call: Call, rank: int, device: str = "cpu") -> list[torch.Tensor]:
     """The tensors that `rank` passes: a, b and perhaps bias; or x."""
-    case, lay_out = call.case, LAYOUTS[call.layout]
+    case = call.case
     if call.op == "all_reduce":
-        x = inputs.message(case, rank, call.kind, call.number, device)
-        return [lay_out(x.view(call.leading or (case.N,)))]
-    a, b = inputs.operands(case, rank, call.kind, call.number, device)
+        return laid_out(call, [inputs.message(case, rank, call.kind, call.number, device)])
+    bias = [inputs.bias(case, call.number, device)] if call.bias else []
+    return laid_out(call, [*inputs.operands(case, rank, call.kind, call.number, device), *bias])
+
+
+def laid_out(call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Contiguous a (M, K), b (N, K) and perhaps bias, or x (N,), in the dimensions and strides of the call."""
+    first, *others = tensors
     if call.leading is not None:
-        a = a.view(*call.leading, case.K)
-    bias = [lay_out(inputs.bias(case, call.number, device))] if call.bias else []
-    return [lay_out(a), lay_out(b), *bias]
+        first = first.view((*call.leading, *first.shape[1:]))
+    layouts = [call.layout, call.layout_b or call.layout, call.layout]
+    return [LAYOUTS[name](x) for name, x in zip(layouts, [first, *others], strict=False)]
 
 
 def out_shape(call: Call, rank: int) -> tuple[int, ...]:
     if call.op == "all_reduce":
-        return call.leading or (call.case.N,)
+        return call.leading if call.leading is not None else (call.case.N,)
     if call.op == "gemm_all_reduce":
         return (*(call.leading if call.leading is not None else (call.case.M,)), call.case.N)
     rows = call.case.rows_of(rank)

@@ -90,6 +90,43 @@ def test_outputs(why, out, wanted):
         assert text.startswith(op + ": ") and all(part in text for part in wanted), text
 
 
+def over(*shapes, offset=0):
+    """Two tensors of these shapes in one memory; the second begins `offset` elements later."""
+    memory = torch.zeros(4000, dtype=A.dtype)
+    tensors = []
+    for shape, start in zip(shapes, (0, offset), strict=True):
+        size = torch.Size(shape).numel()
+        tensors.append(memory[start : start + size].view(shape))
+    return tensors
+
+
+@pytest.mark.parametrize("offset", [0, 1, 119], ids=["same start", "one later", "last element"])
+@pytest.mark.parametrize("op", GEMMS)
+def test_out_over_an_input_is_refused(op, offset):
+    function = getattr(torch.ops.tp_overlap, op + "_out")
+    a, out = over((5, 24), (5, 40), offset=offset)
+    bias, out_over_bias = over((40,), (5, 40), offset=min(offset, 39))
+    for arguments in ((a, B, GROUP, out), (A, B, GROUP, out_over_bias, bias)):
+        for _ in range(2):  # as a new call, and where an equal one is known
+            with pytest.raises(tpo.InvalidInput, match=f"{op}: out must not overlap an input.*Give it memory"):
+                function(*arguments)
+            function(A, B, GROUP, tensor(5, 40), *arguments[4:])
+    beside, out = over((5, 24), (5, 40), offset=120)
+    function(beside, B, GROUP, out)
+
+
+def test_out_of_all_reduce_may_be_its_input_and_nothing_else_over_it():
+    function = torch.ops.tp_overlap.all_reduce_out
+    x, same = over((5, 40), (5, 40))
+    function(x, GROUP, x)
+    function(x, GROUP, same)
+    _, later = over((5, 40), (5, 40), offset=200)
+    function(x, GROUP, later)
+    for x, out in (over((5, 40), (5, 40), offset=1), (same.view(40, 5).t(), same)):
+        with pytest.raises(tpo.InvalidInput, match="all_reduce: out must not overlap an input"):
+            function(x, GROUP, out)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_refused_with_the_way_round(op):
     tensors = [tensor(5, 24), tensor(40, 24)] if op in GEMMS else [tensor(5, 24)]

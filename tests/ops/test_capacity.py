@@ -12,6 +12,7 @@ from tp_overlap_kernels.dispatch.select import default_params
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.lang.launch import specialisation
 from tp_overlap_kernels.memory.layout import layout, pitch, rows_per_rank
+from tp_overlap_kernels.ops.execute import warn_chunked
 from tp_overlap_kernels.ops.launches import COPY_BLOCKS, copy_block, elements_that_fit, rows_that_fit
 
 PROGRAMS = 132  # SMs
@@ -104,3 +105,12 @@ def fewer(most):
     """Sizes up to the largest; the smallest blocks are taken somewhere between."""
     assert most >= 1
     return sorted({max(1, most >> shift) for shift in range(12)})
+
+
+@pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
+def test_calls_in_chunks_are_warned_of_once_and_by_rank_0(caplog, rank, said):
+    room = types.SimpleNamespace(rank=rank, cache={}, group_name="tp")
+    for _ in range(3):
+        warn_chunked(room, "gemm_all_reduce", 300, 256)
+    assert len(caplog.records) == said
+    assert said == 0 or ("300 rows runs in chunks of 256" in caplog.text and "init(max_M=300)" in caplog.text)

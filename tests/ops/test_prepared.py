@@ -58,7 +58,7 @@ class _Fused:
         self.patch, self.arena, self.made, self.planned = monkeypatch, arena, [], 0
         monkeypatch.setattr(triton.runtime.driver, "_active", fake_driver.Driver())
         monkeypatch.setattr(launches, "Launch", self._launch)
-        monkeypatch.setattr(all_reduce, "_stream_of", lambda index: fake_driver.STREAM)
+        monkeypatch.setattr(all_reduce, "stream_of", lambda index: fake_driver.STREAM)
         self.sentinel = arena.cache["sentinel"] = _Sentinel()
 
     def _launch(self, kernel, meta, on_cpu):

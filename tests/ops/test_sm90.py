@@ -52,7 +52,7 @@ def kernel(request, monkeypatch):
     launcher = arena.cache[module.OP] = Launcher()
     monkeypatch.setattr(module, "plan_for", lambda *args: (PLAN, 7))
     monkeypatch.setattr(sm90, "rows_that_fit", lambda arena, plan, N: M)
-    monkeypatch.setattr(sm90, "_stream_of", lambda index: 77)
+    monkeypatch.setattr(sm90, "stream_of", lambda index: 77)
     launcher.op = getattr(torch.ops.tp_overlap, module.OP)
     launcher.out_op = getattr(torch.ops.tp_overlap, module.OP + "_out")
     yield launcher

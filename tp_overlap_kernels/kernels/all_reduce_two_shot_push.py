@@ -114,3 +114,4 @@ def all_reduce_two_shot_push(
             total = tl.load(result + index, mask=index < n, other=0.0).to(tl.float32)
             total = tl.where(failed == 0, total, float("nan")).to(DTYPE)
             tl.store(out_ptr + index, total, mask=index < n)
+    signal.spoil(out_ptr, n, failed, DTYPE)

@@ -145,10 +145,11 @@ def gemm_all_reduce_two_shot_push(
     signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
 
     # 3. the sums of the other owners, from the arena to the caller's tensor, in the order in which they were computed
-    collect_results(
+    failed = collect_results(
         out_ptr, heap_ptr, control_ptr, record_ptr, M, N, rows_per_rank, m_tiles, n_tiles, pitch, out_pitch,
         result_flags, result_offset, word, rank, timeout_ns, failed, WORLD, DTYPE, BLOCK_M, BLOCK_N, GROUP_M,
     )  # fmt: skip
+    signal.spoil(out_ptr, tile.elements(M, N), failed, DTYPE)
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def collect_results(
     result_flags, result_offset, word, rank, timeout_ns, failed,
     WORLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Wait for each tile that another rank owns and copy it out. NaN where a wait has failed."""
+    """Wait for each tile that another rank owns and copy it out, NaN where a wait has failed. Returns the status."""
     tiles_per_owner = m_tiles * n_tiles
     own = tl.load(heap_ptr + rank)
     result = symm_at(heap_ptr, result_offset, rank, DTYPE)
@@ -178,3 +179,4 @@ def collect_results(
         total_tile = tile.load(signal.consume_token(result, status), rows, cols, row_end, N, pitch)
         total_tile = tl.where(failed == 0, total_tile.to(tl.float32), float("nan")).to(DTYPE)
         tile.store(out_ptr, total_tile, rows, cols, row_end, N, out_pitch)
+    return failed

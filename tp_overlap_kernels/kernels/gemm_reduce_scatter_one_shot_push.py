@@ -113,3 +113,4 @@ def gemm_reduce_scatter_one_shot_push(
         total += tile.load_bias(bias_ptr, cols, N, HAS_BIAS)[None, :]
         result = tl.where(failed == 0, total, float("nan")).to(DTYPE)
         tile.store_rows(out_ptr, result, rows - own_begin, cols, 0, own_end - own_begin, N, out_pitch)
+    signal.spoil(out_ptr, tile.elements(own_end - own_begin, N), failed, DTYPE)

@@ -133,3 +133,5 @@ def gemm_reduce_scatter_push(
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
     signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)
+    own_rows = tl.maximum(tl.minimum(M - rank * rows_per_rank, rows_per_rank), 0)
+    signal.spoil(out_ptr, tile.elements(own_rows, N), failed, DTYPE)

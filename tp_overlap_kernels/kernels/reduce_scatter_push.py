@@ -94,3 +94,5 @@ def reduce_scatter_push(
         result = tl.where(failed == 0, total, float("nan")).to(DTYPE)
         tl.store(out_ptr + local, result, mask=mask)
     signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)
+    own_elems = tl.maximum(tl.minimum(n - rank.to(tl.int64) * part, part), 0)
+    signal.spoil(out_ptr, own_elems, failed, DTYPE)

@@ -4,6 +4,7 @@ another.
     begin    first on the call's stream: epoch, header
     notify   after a copy on its stream: the copy has arrived
     wait     before what reads it
+    spoil    last, after pieces of a call that were calls of their own: NaN where one has failed
     end      last, after all streams have joined: leave, and NaN where a wait has failed
 
 Fresh (no one reads too early). A copy has ended, and its bytes are at the peer, before the next kernel of its
@@ -52,14 +53,17 @@ def wait_peer(
     signal.wait(slot, signal.call_word(epoch, call_hash), timeout_ns, control_ptr, record_ptr, who)
 
 
+@triton.jit(do_not_specialize=["n"])
+def spoil_call(out_ptr, control_ptr, n, DTYPE: tl.constexpr):
+    """After a call that ran in pieces: if a wait of the group has failed, the whole output becomes NaN."""
+    if tl.load(control_ptr + signal.FAILED) != 0:
+        signal.fill_nan(out_ptr, n, DTYPE)
+
+
 @triton.jit(do_not_specialize=["n", "rank"])
-def end_call(
-    out_ptr, heap_ptr, control_ptr, n, done_offset, rank, WORLD: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+def end_call(out_ptr, heap_ptr, control_ptr, n, done_offset, rank, WORLD: tl.constexpr, DTYPE: tl.constexpr):
     """Leave the call. If a wait of it has failed, the whole output becomes NaN."""
     epoch = tl.load(control_ptr + signal.EPOCH)
     if tl.load(control_ptr + signal.FAILED) != 0:
-        for start in tl.range(0, n, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            tl.store(out_ptr + index, tl.full((BLOCK,), float("nan"), tl.float32).to(DTYPE), mask=index < n)
+        signal.fill_nan(out_ptr, n, DTYPE)
     signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)

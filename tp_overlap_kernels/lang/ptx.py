@@ -47,7 +47,8 @@ ENTER = tl.constexpr("""
 # record, $6 packed (op << 48 | rank << 40 | peer << 32 | tile). It looks at the clock and at the abort word (pinned
 # host memory, a microsecond away) after 512 polls and then every 1024, so that a short wait pays for neither. There
 # it also compares headers: a peer that has entered the same epoch with another hash makes another call, and would
-# never write the slot we wait for.
+# never write the slot we wait for. Bit 0 of the abort word ends the wait. Bit 8 + peer says that the peer has closed:
+# what it had sent before is there by then, so the slot is looked at once more.
 _POLL = """
         mov.u32 status, 0;
         mov.u32 polls, 0;
@@ -67,7 +68,8 @@ _POLL = """
         @gone bra known;
         ld.relaxed.sys.global.b64 failed, [$5];
         setp.ne.s64 gone, failed, 0;
-        @gone bra aborted;
+        @gone bra told;
+    headers:
         and.b64 got, $2, 65535;
         setp.eq.u64 skip, got, 0;
         @skip bra clock;
@@ -99,6 +101,23 @@ _POLL = """
         @early bra poll;
         mov.u32 status, 1;
         bra report;
+    told:
+        and.b64 got, failed, 1;
+        setp.ne.s64 gone, got, 0;
+        @gone bra aborted;
+        shr.u64 code, $6, 32;
+        and.b64 code, code, 255;
+        add.u64 code, code, 8;
+        cvt.u32.u64 due, code;
+        shr.u64 got, failed, due;
+        and.b64 got, got, 1;
+        setp.eq.u64 skip, got, 0;
+        @skip bra headers;
+        ld.acquire.sys.global.b64 seen, [$1];
+        shr.u64 got, seen, 16;
+        setp.ge.s64 here, got, wanted;
+        @here bra arrived;
+        bra aborted;
     known:
         mov.u32 status, 3;
         bra leave;

@@ -4,6 +4,9 @@ A slot is a 64-bit word in symmetric memory: epoch << 16 | call hash. Epochs onl
 a captured graph may be replayed any number of times: the epoch is read from device memory, `control[EPOCH]`, and
 advanced by `enter`.
 
+Epochs run to LAST_EPOCH, where the sign bit of the word begins: at one call a microsecond that is over four years, so
+the device does not look; the CPU's stand-ins, for which it costs nothing, refuse the call after it.
+
 Every word here is `.sys` scoped, has the CTA barrier on the side where it belongs, and ends:
 
 * `notify` first joins the CTA (`barrier.sync`), so that the stores of *all* its threads come before the release of
@@ -38,6 +41,8 @@ LEFT = tl.constexpr(6)  # CTAs that have ended in the running call
 STAGED = tl.constexpr(7)  # the last call that ended with `leave`
 HEADERS = tl.constexpr(8)  # address of our header slots [2, W]: the call word of each peer by parity of the epoch
 HEADERS_BYTES = tl.constexpr(9)  # W * 8
+
+LAST_EPOCH = (1 << 47) - 1
 
 # status of a wait, and `record[CODE]`
 OK, TIMEOUT, MISMATCH, ABORTED = (tl.constexpr(i) for i in range(4))
@@ -118,6 +123,28 @@ def stagger(delay_ns):
     if delay_ns > 0:
         delay = tl.full((), 0, tl.int64) + delay_ns
         tl.inline_asm_elementwise(STAGGER, "=r,l", [delay], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def spoil(out_ptr, n, failed, DTYPE: tl.constexpr):
+    """Make all n elements of the call's output NaN if a wait of this CTA has failed. To be called last.
+
+    Other CTAs may have stored sums before, or be about to, of what came in time: hence the delay. Each CTA that has
+    failed does it all; to elect one by an atomic costs registers in every call, and this is not a fast path. A call
+    that goes well pays for a branch.
+    """
+    if failed != 0:
+        stagger(2_000_000)
+        fill_nan(out_ptr, n, DTYPE)
+
+
+@triton.jit
+def fill_nan(out_ptr, n, DTYPE: tl.constexpr):
+    """n elements, by this CTA alone."""
+    BLOCK: tl.constexpr = 4096  # 16 bytes a thread at least, with 16 warps too
+    for start in tl.range(tl.full((), 0, tl.int64), tl.full((), 0, tl.int64) + n, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + index, tl.full((BLOCK,), float("nan"), tl.float32).to(DTYPE), mask=index < n)
 
 
 @triton.jit
@@ -211,10 +238,17 @@ def _stagger_cpu(delay_ns):
 @cpu_impl(count_in)
 def _count_in_cpu(control_ptr, epoch):
     control = address_of(control_ptr)
+    check_epoch(value_of(epoch))
     count = tl.atomic_add(_slot(control + 8 * ENTERED.value), as_tensor(1, tl.int64), sem="acq_rel", scope="gpu")
     if value_of(count) == program_state().grid_size[0] - 1:
         _poke(control + 8 * ENTERED.value, 0)
         _poke(control + 8 * EPOCH.value, value_of(epoch))
+
+
+def check_epoch(epoch: int) -> None:
+    """Refuse a call whose word would be negative, hence older than all before it."""
+    if epoch > LAST_EPOCH:
+        raise OverflowError(f"epoch {epoch} exceeds {LAST_EPOCH}. close() and init() begin again at 0.")
 
 
 def _peek(address: int) -> int:
@@ -261,8 +295,12 @@ def _poll(address: int, wanted: int, timeout_ns: int, control: int, record: int,
             header = _header(control, wanted, who)
             if wanted & 0xFFFF and header >> 16 == wanted >> 16 and header != wanted:
                 return _report(control, record, MISMATCH.value, who, wanted, header)
-            if _peek(record):
-                return _report(control, record, ABORTED.value, who, wanted, seen)
+            if _peek(record) & (1 | 1 << (8 + (who >> 32 & 255))):
+                # what a peer sent before it closed
+                seen = value_of(tl.atomic_add(slot, zero, sem="acquire", scope="sys"))
+                if seen >> 16 < wanted >> 16:
+                    return _report(control, record, ABORTED.value, who, wanted, seen)
+                continue
             if timeout_ns and time.monotonic_ns() - started > timeout_ns:
                 return _report(control, record, TIMEOUT.value, who, wanted, seen)
 

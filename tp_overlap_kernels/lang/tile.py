@@ -37,6 +37,12 @@ def offsets(row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def elements(rows, cols):
+    """rows * cols, which may pass 2^31."""
+    return (tl.full((), 0, tl.int64) + rows) * cols
+
+
+@triton.jit
 def store(ptr, value, rows, cols, row_end, col_end, pitch):
     """Store a tile at ptr[row * pitch + col], what lies before row_end and col_end only.
 

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,15 @@ import torch.distributed as dist
 
 from ..config import settings
 from ..dispatch import Table, Topology, load
-from ..errors import InvalidInput, NotInitialised, PeerDied, UnsupportedTopology
+from ..errors import GroupFailed, InvalidInput, NotInitialised, PeerDied, UnsupportedTopology
 from . import store as stores
+from .agreement import exchange
+from .board import Board
 from .layout import MAX_WORLD_SIZE, Layout, layout
-from .record import Record
+from .reach import check_reach
+from .record import Record, cause_of, ended
 from .topology import check_device, device_of, native_library, ranks_on_same_device
+from .turn import Turn
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,7 @@ class Arena:
     timeout_s: float
     topology: Topology
     table: Table | None
+    turn: Turn
     watch: Watch | None = None
     programs: int = 3  # most programs of a grid: one an SM; a few threads where kernels are interpreted
     side_streams: list[Any] = field(default_factory=list)  # made at init: capture may not create them
@@ -68,16 +74,40 @@ class Arena:
             self.fail()
 
     def fail(self) -> None:
-        """Raise what the record says."""
-        dead = self.watch.dead if self.watch else {}
-        wait = self.record.read()
+        """Raise what the record says, or what the watch has seen."""
+        raise self.error()
+
+    def error(self, look: bool = True) -> GroupFailed:
+        """Why the group has failed. look: also at the headers of the ranks."""
+        watch, wait = self.watch, self.record.read()
+        dead, told, closed = (watch.dead, watch.told, watch.closed) if watch else ({}, {}, set())
         if wait is not None:
-            raise wait.error(self.group_name, self.timeout_s, dead)
-        who = ", ".join(f"rank {rank} (pid {pid})" for rank, pid in sorted(dead.items()))
-        raise PeerDied(
-            f"group {self.group_name!r} of rank {self.rank}: the process of {who} has ended. "
-            "close() and init() over the ranks that are left make a new group."
-        )
+            absent = self._absent(wait.wanted >> 16) if look else []
+            return wait.error(self.group_name, self.timeout_s, dead, told, closed, absent)
+        place = f"group {self.group_name!r} of rank {self.rank}"
+        if dead:
+            return PeerDied(
+                f"{place}: {ended(dead)}. close() and init() over the ranks that are left make a new group."
+            )
+        if told:
+            kind, cause = cause_of(told)
+            return kind(f"{place}: {cause}. close() and init() on every rank make a new one.")
+        return GroupFailed(f"{place} was aborted. close() and init() on every rank make a new one.")
+
+    def _absent(self, epoch: int) -> list[int]:
+        """The ranks that have not entered this call, by their headers; on a device they are not looked at."""
+        if self.device.type != "cpu":
+            return []
+        first = self.layout.header + 8 * (epoch & 1) * self.world_size
+        # The kernels write a header into the arenas of the peers, `ref` into the rank's own.
+        return [
+            peer
+            for peer in range(self.world_size)
+            if peer != self.rank
+            and all(
+                int(self.view(owner, first + 8 * peer, (1,), torch.int64)) >> 16 < epoch for owner in (self.rank, peer)
+            )
+        ]
 
     def address(self, offset: int) -> int:
         """Address of the byte `offset` of our own arena."""
@@ -96,6 +126,8 @@ class Arena:
         Words of the arena and no collective of torch's: a rank whose wait has failed leaves at once, its peers need not
         know of it, and their next collectives must match all the same.
         """
+        if self.watch:
+            self.watch.post_end()
         for peer in range(self.world_size):
             self.view(peer, self.layout.closed + 8 * self.rank, (1,), torch.int64).fill_(1)
         closed = self.view(self.rank, self.layout.closed, (self.world_size,), torch.int64)
@@ -118,7 +150,18 @@ class Arena:
 
 
 _arenas: dict[str, Arena] = {}
+_inherited: list[Arena] = []  # of the parent process: neither used nor freed here, since they are in use there
 _lock = threading.Lock()
+
+
+def _forget_after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _inherited.extend(_arenas.values())
+    _arenas.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def get(group_name: str, op: str = "tp_overlap") -> Arena:
@@ -126,8 +169,9 @@ def get(group_name: str, op: str = "tp_overlap") -> Arena:
     arena = _arenas.get(group_name)
     if arena is None:
         known = ", ".join(repr(name) for name in _arenas) or "none"
+        fork = " A forked process does not inherit its parent's." if _inherited else ""
         raise NotInitialised(
-            f"{op}: group {group_name!r} has no arena (initialised: {known}). "
+            f"{op}: group {group_name!r} has no arena (initialised: {known}).{fork} "
             "Call tp_overlap_kernels.init(group, max_M=..., max_N=...) on every rank of it first."
         )
     return arena
@@ -150,47 +194,66 @@ def name_of(group: dist.ProcessGroup | None) -> str:
     return group.group_name
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What a rank asks of `init`, checked."""
+
+    max_M: int
+    max_N: int
+    dtype: torch.dtype
+    store: str
+
+
 @torch.inference_mode(False)  # tensors made under the caller's could never be written outside it
-def obtain(
-    group: dist.ProcessGroup | None, max_M: int, max_N: int, dtype: torch.dtype, store: str, backend: str
-) -> Arena:
+def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: str) -> Arena:
     """The arena of a group: the one there is, if every rank has it and it is large enough; else a new one.
 
-    Collective; every rank must give equal sizes. Which of the two it is follows from what all ranks say: one may have
-    closed its arena after a failure of which the others know nothing.
-    Errors: InvalidInput where ranks disagree (each rank's values are shown), UnsupportedTopology where the store
-    cannot serve.
+    Collective; every rank must wish for equal sizes. Which of the two it is follows from what all ranks say: one may
+    have closed its arena after a failure of which the others know nothing.
+    Errors, on every rank: InvalidInput where ranks disagree (each rank's values are shown), or where one of them has
+    wished for what cannot be; UnsupportedTopology where the store cannot serve; PeerDied where a rank ends meanwhile.
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
     world_size = dist.get_world_size(group) if group else 1
     if world_size > MAX_WORLD_SIZE:
         raise UnsupportedTopology(f"init: world sizes 1 to {MAX_WORLD_SIZE} are supported, got {world_size}.")
-    device = device_of(store)
-    check_device(device, world_size)
     old = find(name_of(group))
-    kind = stores.pick(store, device, world_size)
-    table = load(settings().table, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", world_size)
-    mine = {
-        "max_M": max_M,
-        "max_N": max_N,
-        "itemsize": dtype.itemsize,
-        "store": kind,
-        "device": device.type,
-        "host": socket.gethostname(),
-        "table": table.digest() if table else None,
-        "plan": settings().plan,
-        "native": native_library(device),
-        "arena": (old.layout.max_M, old.layout.max_N) if old and not old.record.failed else (0, 0),
-    }
-    cards = _agree(mine, group, world_size, device)
+    found: dict[str, Any] = {}
+
+    def look_here() -> dict[str, Any]:
+        asked = wish()
+        device = device_of(asked.store)
+        check_device(device, world_size)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        table = load(settings().table, name, world_size)
+        found.update(asked=asked, device=device, table=table)
+        return {
+            "max_M": asked.max_M,
+            "max_N": asked.max_N,
+            "itemsize": asked.dtype.itemsize,
+            "store": stores.pick(asked.store, device, world_size),
+            "device": device.type,
+            "host": socket.gethostname(),
+            "table": table.digest() if table else None,
+            "plan": settings().plan,
+            "native": native_library(device),
+            "arena": (old.layout.max_M, old.layout.max_N) if old and not old.record.failed else (0, 0),
+            "pid": os.getpid(),
+            "device_id": _device_id(device),
+        }
+
+    cards = exchange(group, look_here)
+    _check_agreement(cards)
+    asked = found["asked"]
     there = [card["arena"] for card in cards]
-    if old is not None and all(M >= max_M and N >= max_N for M, N in there):
+    if old is not None and all(M >= asked.max_M and N >= asked.max_N for M, N in there):
         return old
     if old is not None:
         destroy(old)
-    max_M, max_N = (max(sizes) for sizes in zip((max_M, max_N), *there, strict=True))
-    return _make(group, layout(max_M, max_N, dtype.itemsize, world_size), kind, device, table, cards, backend)
+    max_M, max_N = (max(sizes) for sizes in zip((asked.max_M, asked.max_N), *there, strict=True))
+    plan = layout(max_M, max_N, asked.dtype.itemsize, world_size)
+    return _make(group, plan, cards[0]["store"], found["device"], found["table"], cards, backend)
 
 
 def _make(
@@ -202,9 +265,44 @@ def _make(
     cards: list[Any],
     backend: str,
 ) -> Arena:
-    """A new arena, registered. Collective. cards: what `_agree` heard from every rank."""
+    """A new arena, registered. Collective. cards: what every rank has said of itself."""
+    pids = {rank: card["pid"] for rank, card in enumerate(cards)}
+    symmetric = stores.create(kind, plan.total_bytes, device, group, pids)
+    board = None
+    try:
+        if group is not None and plan.world_size > 1:
+            check_reach(symmetric, plan.header, device, group, pids)
+            board = _board(group, pids, device)
+        made: list[Arena] = []
+        # No rank signals before every rank's pads are zero, and it has all else that may fail to be had.
+        exchange(group, lambda: made.append(_furnish(group, plan, symmetric, device, table, cards, backend)), pids)
+    except BaseException:
+        if board is not None:
+            board.close()
+        symmetric.close()
+        raise
+    arena = made[0]
+    if plan.world_size > 1:
+        peers = {peer: pid for peer, pid in pids.items() if peer != arena.rank}
+        arena.watch = Watch(arena.record, peers, lambda: str(arena.error(look=False)), board)
+    with _lock:
+        _arenas[arena.group_name] = arena
+    if arena.rank == 0:
+        log.info("%s: %d bytes of %s memory, topology %s", arena.group_name, plan.total_bytes, kind, arena.topology)
+    return arena
+
+
+def _furnish(
+    group: dist.ProcessGroup | None,
+    plan: Layout,
+    symmetric: stores.Store,
+    device: torch.device,
+    table: Table | None,
+    cards: list[Any],
+    backend: str,
+) -> Arena:
+    """Bytes become an arena, emptied; this rank's part of it."""
     rank, world_size = dist.get_rank(group) if group else 0, plan.world_size
-    symmetric = stores.create(kind, plan.total_bytes, device, group)
     symmetric.buffer[: plan.pads_bytes].zero_()
     _fill_sentinel(symmetric.buffer, plan)
     topology = Topology(
@@ -216,7 +314,6 @@ def _make(
         one_shot_bytes=plan.one_shot_bytes,
         sentinel_bytes=plan.sentinel_bytes,
     )
-    record = Record(device)
     arena = Arena(
         group_name=name_of(group),
         group=group,
@@ -227,24 +324,28 @@ def _make(
         store=symmetric,
         heap=torch.tensor(symmetric.bases, dtype=torch.int64, device=device),
         control=_control(symmetric.bases[rank] + plan.header, world_size, device),
-        record=record,
+        record=Record(device),
         timeout_s=settings().timeout_s,
         topology=topology,
         table=table,
+        turn=Turn(device),
         programs=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3,
         side_streams=[torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else [],
     )
-    pids = {peer: card["pid"] for peer, card in enumerate(cards) if peer != rank}
-    arena.watch = Watch(record, pids, lambda: _describe(arena)) if world_size > 1 else None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    if group is not None:
-        dist.barrier(group)  # no rank signals before every pad is zero
-    with _lock:
-        _arenas[arena.group_name] = arena
-    if rank == 0:
-        log.info("%s: %d bytes of %s memory, topology %s", arena.group_name, plan.total_bytes, kind, topology)
     return arena
+
+
+def _board(group: dist.ProcessGroup, pids: dict[int, int], device: torch.device) -> Board | None:
+    """Where processes cannot see each other's memory a device still can: then a failed peer is met by the timeout."""
+    try:
+        return Board(group, pids)
+    except UnsupportedTopology as reason:
+        if device.type == "cpu":
+            raise
+        log.info("failures are not told between the ranks: %s", reason)
+        return None
 
 
 def destroy(arena: Arena) -> None:
@@ -257,18 +358,8 @@ def destroy(arena: Arena) -> None:
     arena.release()
 
 
-def _describe(arena: Arena) -> str:
-    wait = arena.record.read()
-    return str(wait.error(arena.group_name, arena.timeout_s, arena.watch.dead if arena.watch else {})) if wait else ""
-
-
-def _agree(mine: dict[str, Any], group: dist.ProcessGroup | None, world_size: int, device: torch.device) -> list[Any]:
-    """Exchange what all ranks must share, and refuse on every rank where they do not."""
-    mine = mine | {"pid": os.getpid(), "device_id": _device_id(device)}
-    if group is None:
-        return [mine]
-    cards: list[Any] = [None] * world_size
-    dist.all_gather_object(cards, mine, group=group)
+def _check_agreement(cards: list[Any]) -> None:
+    """Refuse, on every rank alike, what all ranks must share and do not."""
     hosts = [card["host"] for card in cards]
     if len(set(hosts)) > 1:
         raise UnsupportedTopology(
@@ -282,7 +373,6 @@ def _agree(mine: dict[str, Any], group: dist.ProcessGroup | None, world_size: in
                 f"init: all ranks must agree on {key}, got {values} (by rank). "
                 "Call init with equal arguments and settings on every rank of the group."
             )
-    return cards
 
 
 def _device_id(device: torch.device) -> str:

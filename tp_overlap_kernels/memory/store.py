@@ -11,14 +11,17 @@ A store gives `buffer` (uint8 tensor: our own arena), `bases` (address of every 
 by a crash.
 """
 
+import errno
 import mmap
 import os
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UnsupportedTopology
+from .agreement import exchange
 
 
 class Store(Protocol):
@@ -62,30 +65,65 @@ class SharedMemoryStore:
 
     name = "shm"
 
-    def __init__(self, nbytes: int, group: dist.ProcessGroup):
-        self._fd = os.memfd_create("tp_overlap_kernels", os.MFD_CLOEXEC)
-        os.fchmod(self._fd, 0o600)
-        os.ftruncate(self._fd, nbytes)
-        cards: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(group)
-        dist.all_gather_object(cards, (os.getpid(), self._fd), group=group)
-        self._maps = [self._map(pid, fd, nbytes, rank) for rank, (pid, fd) in enumerate(cards)]
+    def __init__(
+        self,
+        nbytes: int,
+        group: dist.ProcessGroup,
+        pids: Mapping[int, int] | None = None,
+        label: str = "tp_overlap_kernels",
+    ):
+        self._views: list[torch.Tensor] = []
+        self._maps: list[mmap.mmap] = []
+        self._fd = -1
+        try:
+            cards = exchange(group, lambda: self._make(nbytes, label), pids)
+            # Every rank has mapped every file when this ends: the descriptors may go.
+            exchange(group, lambda: self._map_all(cards, nbytes), pids)
+        except BaseException:
+            self._maps = []
+            raise
+        finally:
+            if self._fd >= 0:
+                os.close(self._fd)
         self._views = [torch.frombuffer(m, dtype=torch.uint8) for m in self._maps]
         self.buffer = self._views[dist.get_rank(group)]
         self.bases = [view.data_ptr() for view in self._views]
-        dist.barrier(group)  # every rank has mapped every file: the descriptors may go
-        os.close(self._fd)
+
+    def _make(self, nbytes: int, label: str) -> tuple[int, int]:
+        """Our own file: (pid, descriptor), by which the peers find it."""
+        try:
+            self._fd = os.memfd_create(label, os.MFD_CLOEXEC)
+            os.fchmod(self._fd, 0o600)
+            os.ftruncate(self._fd, nbytes)
+        except OSError as reason:
+            raise UnsupportedTopology(
+                f"init: cannot make {nbytes} bytes of shared memory (memfd): {reason.strerror}. "
+                "Look at the limits of this process (ulimit -n, -f, -v) and of its cgroup, or ask for less max_M."
+            ) from reason
+        return os.getpid(), self._fd
+
+    def _map_all(self, cards: list[tuple[int, int]], nbytes: int) -> None:
+        for rank, (pid, fd) in enumerate(cards):
+            self._maps.append(self._map(pid, fd, nbytes, rank))
 
     def _map(self, pid: int, fd: int, nbytes: int, rank: int) -> mmap.mmap:
         path = f"/proc/{pid}/fd/{fd}"
         try:
             opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as reason:
+            fix = "The ranks must run on one host, in one PID namespace and as one user."
+            if reason.errno in (errno.EMFILE, errno.ENFILE):
+                fix = "Raise the limit on descriptors (ulimit -n)."
             raise UnsupportedTopology(
-                f"init: cannot open the shared memory of rank {rank} ({path}): {reason.strerror}. "
-                "The ranks must run on one host, in one PID namespace and as one user."
+                f"init: cannot open the shared memory of rank {rank} ({path}): {reason.strerror}. {fix}"
             ) from reason
         try:
             return mmap.mmap(opened, nbytes)
+        except OSError as reason:
+            raise UnsupportedTopology(
+                f"init: cannot map {nbytes} bytes of rank {rank}: {reason.strerror}. "
+                "Look at the limits of this process (ulimit -n, -v), or ask for less max_M."
+            ) from reason
         finally:
             os.close(opened)
 
@@ -103,10 +141,15 @@ class SymmetricMemoryStore:
 
     name = "symm_mem"
 
-    def __init__(self, nbytes: int, device: torch.device, group: dist.ProcessGroup):
+    def __init__(
+        self, nbytes: int, device: torch.device, group: dist.ProcessGroup, pids: Mapping[int, int] | None = None
+    ):
         import torch.distributed._symmetric_memory as symm_mem
 
-        self.buffer = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
+        def allocate() -> None:
+            self.buffer = symm_mem.empty(nbytes, dtype=torch.uint8, device=device)
+
+        exchange(group, allocate, pids)  # no rank enters the rendezvous alone
         self._handle = symm_mem.rendezvous(self.buffer, group.group_name)
         self.bases = [int(p) for p in self._handle.buffer_ptrs]
         self._nbytes = nbytes
@@ -136,10 +179,16 @@ def pick(store: str, device: torch.device, world_size: int) -> str:
     )
 
 
-def create(store: str, nbytes: int, device: torch.device, group: dist.ProcessGroup | None) -> Store:
-    """Make the store named by `pick`. Collective over `group`."""
+def create(
+    store: str,
+    nbytes: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    pids: Mapping[int, int] | None = None,
+) -> Store:
+    """Make the store named by `pick`. Collective over `group`. pids: of all ranks, where they are known."""
     if store == "local" or group is None:
         return LocalStore(nbytes, device)
     if store == "shm":
-        return SharedMemoryStore(nbytes, group)
-    return SymmetricMemoryStore(nbytes, device, group)
+        return SharedMemoryStore(nbytes, group, pids)
+    return SymmetricMemoryStore(nbytes, device, group, pids)

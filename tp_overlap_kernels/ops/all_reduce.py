@@ -12,8 +12,9 @@ from ..dispatch import Plan
 from ..errors import InvalidInput
 from ..memory.arena import Arena
 from ..memory.record import op_code
+from ..memory.turn import stream_of
 from . import reference
-from .checks import check_arena, check_out, check_tensors
+from .checks import check_apart, check_arena, check_out, check_tensors
 from .execute import plan_for, settle
 from .library import register
 from .prepared import Prepared, recall, remember, sum_key_of
@@ -47,6 +48,7 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 
 def all_reduce_out(x: Tensor, group_name: str, out: Tensor) -> None:
     """`all_reduce` into `out`: contiguous, x's shape and dtype; it may be x itself, but not overlap it otherwise."""
+    check_apart(OP, out, x, may_be=x)
     key = sum_key_of(OP, x, out)
     call = recall(group_name, key, x, out)
     if call is not None:
@@ -64,8 +66,9 @@ def _run(arena: Arena, x: Tensor, out: Tensor) -> Prepared | None:
     if n == 0:
         return None
     plan, word = plan_for(arena, OP, 1, n, 0, x.dtype, False)
-    call = Prepared(partial(_issue, arena, plan, word), out, any_address=plan.name == "sentinel")
-    issued = call.issue(x, out)
+    call = Prepared(arena.turn, partial(_issue, arena, plan, word), out, any_address=plan.name == "sentinel")
+    with arena.turn:
+        issued = call.issue(x, out)
     if issued is not None:
         call.again = issued.again(x_ptr=x.data_ptr(), out_ptr=out.data_ptr())
     return call
@@ -74,7 +77,7 @@ def _run(arena: Arena, x: Tensor, out: Tensor) -> Prepared | None:
 def _issue(arena: Arena, plan: Plan, word: int, x: Tensor, out: Tensor):
     """The plan on these tensors. Returns what was issued, if it was one launch."""
     issued = sum_into(arena, plan, x.contiguous().view(-1), out.view(-1), word)
-    settle(arena)
+    settle(arena, out)
     return issued
 
 
@@ -106,6 +109,7 @@ def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
         return run(arena, plan, x, out, word)
     for start in range(0, x.numel(), step):
         run(arena, plan, x[start : start + step], out[start : start + step], word)
+    launches.spoil(arena, out)
     return None
 
 
@@ -129,7 +133,7 @@ class _IssuedSentinel:
     def launch(self, x_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream; any addresses."""
         launcher = self.arena.cache.get("sentinel") or _sentinel_launcher(self.arena)
-        stream = _stream_of(self.arena.device.index)
+        stream = stream_of(self.arena.device.index)
         launcher(x_ptr, out_ptr, self.n_elems, self.dtype_code, self.word, stream)
         return True
 
@@ -155,14 +159,6 @@ def _sentinel_launcher(arena: Arena):
         timeout_ns=arena.timeout_ns,
     )
     return launcher
-
-
-def _current_stream(index: int | None) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
-
-
-# The stream as an integer without a Stream object around it: 0.2 us and not 2. Triton takes it from there, too.
-_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
 def _fake(x: Tensor, group_name: str) -> Tensor:

@@ -61,6 +61,33 @@ def check_out(op: str, out: Tensor, like: Tensor, shape: tuple) -> None:
         raise InvalidInput(f"{op}: out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}.")
 
 
+def check_apart(op: str, out: Tensor, *inputs: Tensor | None, may_be: Tensor | None = None) -> None:
+    """out spans none of the bytes that an input spans: it would change what other tiles, or peers, have yet to read.
+
+    may_be: the input that out may be as a whole. Every call of an _out form asks, since addresses change: 1 us.
+    """
+    start = out.data_ptr()
+    end = start + out.nbytes
+    for tensor in inputs:
+        if tensor is None:
+            continue
+        first = tensor.data_ptr()
+        if first < end and first + _span_bytes(tensor) > start:
+            if first == start and tensor.is_contiguous() and tensor is may_be:
+                continue
+            raise InvalidInput(
+                f"{op}: out must not overlap an input, got out of shape {tuple(out.shape)} over an input of shape "
+                f"{tuple(tensor.shape)}. Give it memory of its own."
+            )
+
+
+def _span_bytes(x: Tensor) -> int:
+    if x.is_contiguous() or x.numel() == 0:
+        return x.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.itemsize
+
+
 def check_arena(op: str, group_name: str, tensor: Tensor, N: int) -> arenas.Arena:
     """The group's arena, fit for this call. Errors: NotInitialised, GroupFailed, InvalidInput."""
     arena = arenas.get(group_name, op)

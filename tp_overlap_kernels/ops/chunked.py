@@ -3,8 +3,8 @@
     out[M, N] = sum over r of a_r @ b_r.T  (+ bias), all of it (all-reduce) or our rows of it (reduce-scatter)
 
 Rounding: f32 over K; the peer's partial is rounded once to the wire dtype and enters the owner's GEMM as beta * C; one
-last rounding. (Where cuBLAS splits K it may round the owner's product too, before it adds.) The bias enters the peer's
-partial, in f32. The owner alone adds and sends its bits: they are equal on both ranks.
+last rounding. (cuBLAS may round a product before it adds beta * C, be that the peer's partial or a bias.) The bias
+enters the peer's partial. The owner alone adds and sends its bits: they are equal on both ranks.
 Bytes: all-reduce M*N*itemsize a rank, half of it partials and half sums; reduce-scatter the half.
 
     compute stream                      push stream                            collect stream (all-reduce)       time
@@ -81,7 +81,6 @@ class _Call:
             (specialisation(out), out.numel() >= 1 << 31),
             WORLD=2,
             DTYPE=_triton_dtype(out),
-            BLOCK=1024,
             num_warps=4,
         )
         launch(1, out, arena.heap, arena.control, out.numel(), arena.layout.done, arena.rank)

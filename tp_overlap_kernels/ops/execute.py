@@ -90,12 +90,13 @@ def plan_for(arena: Arena, op: str, M: int, N: int, K: int, dtype: torch.dtype, 
         problem = Problem(op, M, N, K, DTYPE_NAMES[dtype], arena.world_size, bias)
         plan = select(problem, topology_of(arena), arena.table, forced_plan())
         found = arena.cache[key] = (plan, problem.call_hash(str(plan)))
+        arena.record.calls[found[1]] = op
     return found
 
 
 def warn_chunked(arena: Arena, op: str, rows: int, limit: int) -> None:
-    """Say once an arena what a call above the capacity costs."""
-    if "warned" not in arena.cache:
+    """Rank 0 says once an arena what a call above the capacity costs."""
+    if arena.rank == 0 and "warned" not in arena.cache:
         arena.cache["warned"] = True
         log.warning(
             "%s: a call of %d rows runs in chunks of %d, the capacity of group %r: right, but each chunk is a launch "
@@ -108,7 +109,11 @@ def warn_chunked(arena: Arena, op: str, rows: int, limit: int) -> None:
         )
 
 
-def settle(arena: Arena) -> None:
-    """On the CPU a launch is over when it returns: raise now what the device would have left for the next call."""
-    if arena.device.type == "cpu":
-        arena.check()
+def settle(arena: Arena, out: torch.Tensor) -> None:
+    """On the CPU a launch is over when it returns: raise now what the device would have left for the next call.
+
+    out becomes NaN as a whole: a call that runs in pieces, or `ref`, may have written parts of it before it failed.
+    """
+    if arena.device.type == "cpu" and arena.record.failed:
+        out.fill_(float("nan"))
+        arena.fail()

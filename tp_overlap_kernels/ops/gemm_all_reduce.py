@@ -9,7 +9,7 @@ from ..dispatch import Plan
 from ..memory.arena import Arena
 from . import reference
 from .all_reduce import sum_into
-from .checks import check_arena, check_gemm, check_out
+from .checks import check_apart, check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
 from .prepared import Behind, Prepared, key_of, recall, remember
@@ -47,6 +47,7 @@ def gemm_all_reduce(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None =
 
 def gemm_all_reduce_out(a: Tensor, b: Tensor, group_name: str, out: Tensor, bias: Tensor | None = None) -> None:
     """`gemm_all_reduce` into `out`: contiguous [..., N], a's dtype, overlapping no input."""
+    check_apart(OP, out, a, b, bias)
     key = key_of(OP, a, b, bias, out)
     call = recall(group_name, key, a, b, bias)
     if call is not None:
@@ -67,8 +68,10 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return None
     plan, word = plan_for(arena, OP, out.numel() // N, N, K, a.dtype, bias is not None)
-    call = Prepared(partial(_issue, arena, plan, word), out)
-    call.learn(call.issue(a, b, bias, out), a, b, bias, out)
+    call = Prepared(arena.turn, partial(_issue, arena, plan, word), out)
+    with arena.turn:
+        issued = call.issue(a, b, bias, out)
+    call.learn(issued, a, b, bias, out)
     return call
 
 
@@ -81,7 +84,7 @@ def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tens
         issued = _unfused(arena, plan, a, b, bias, out, word)
     else:
         issued = _fused(arena, plan, a, b, bias, out, word)
-    settle(arena)
+    settle(arena, out)
     return issued
 
 
@@ -102,6 +105,7 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
         warn_chunked(arena, OP, M, limit)
     for row in range(0, M, limit):
         run(arena, plan, a[row : row + limit], b, bias, out[row : row + limit], word)
+    launches.spoil(arena, out)
     return None
 
 

@@ -10,7 +10,7 @@ from ..dispatch import Plan
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
 from . import reference
-from .checks import check_arena, check_gemm, check_out
+from .checks import check_apart, check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
 from .prepared import Behind, Prepared, key_of, recall, remember
@@ -49,6 +49,7 @@ def gemm_reduce_scatter(a: Tensor, b: Tensor, group_name: str, bias: Tensor | No
 
 def gemm_reduce_scatter_out(a: Tensor, b: Tensor, group_name: str, out: Tensor, bias: Tensor | None = None) -> None:
     """`gemm_reduce_scatter` into `out`: contiguous [rows, N], a's dtype, overlapping no input."""
+    check_apart(OP, out, a, b, bias)
     key = key_of(OP, a, b, bias, out)
     call = recall(group_name, key, a, b, bias)
     if call is not None:
@@ -83,8 +84,10 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return None
     plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
-    call = Prepared(partial(_issue, arena, plan, word), out)
-    call.learn(call.issue(a, b, bias, out), a, b, bias, out)
+    call = Prepared(arena.turn, partial(_issue, arena, plan, word), out)
+    with arena.turn:
+        issued = call.issue(a, b, bias, out)
+    call.learn(issued, a, b, bias, out)
     return call
 
 
@@ -98,7 +101,7 @@ def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tens
         _unfused(arena, plan, a, b, bias, out, word)
     else:
         issued = _in_chunks(arena, plan, a, b, bias, out, word)
-    settle(arena)
+    settle(arena, out)
     return issued
 
 
@@ -124,6 +127,7 @@ def _in_chunks(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | No
         _fused(arena, plan, chunk, b, bias, sums, word)
         kept = out[start : start + height]
         kept.copy_(sums[: kept.shape[0]])
+    launches.spoil(arena, out)
     return None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, bfloat16
 
 from ..dispatch import Plan
 from ..errors import InvalidInput
+from ..kernels import stream_signals
 from ..kernels.all_reduce_one_shot_push import all_reduce_one_shot_push
 from ..kernels.all_reduce_two_shot_push import all_reduce_two_shot_push
 from ..kernels.gemm_all_reduce_one_shot_push import gemm_all_reduce_one_shot_push
@@ -79,6 +80,14 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
     step = W * (slot - COPY_BLOCKS[1]) if slot >= 4 * COPY_BLOCKS[1] else slot
     by_flags = room.tile_slots // W * COPY_BLOCKS[1] * W
     return min(step, by_flags, (room.total_bytes - room.result) // itemsize, 1 << 30)
+
+
+def spoil(arena: Arena, out: Tensor) -> None:
+    """After the pieces of a call: NaN in all of out if one has failed. On the CPU the op itself sees to that."""
+    if arena.device.type == "cuda":
+        key = (specialisation(out), out.numel() >= 1 << 31)
+        launch = _launch(arena, stream_signals.spoil_call, key, DTYPE=_triton_dtype(out), num_warps=4)
+        launch(1, out, arena.control, out.numel())
 
 
 def copy_block(arena: Arena, elements: int) -> dict[str, int]:

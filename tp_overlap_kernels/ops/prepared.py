@@ -15,6 +15,7 @@ from torch import Tensor, is_grad_enabled
 
 from ..memory import arena as arenas
 from ..memory.arena import Arena
+from ..memory.turn import Turn
 from .execute import choices
 
 MAX_CALLS = 1024  # an arena remembers; a prepared call takes about 2 KB
@@ -35,13 +36,13 @@ class Behind(NamedTuple):
 class Prepared:
     """A known call. issue: the ordinary way to run it, checks and planning done; again: the short one, if there is any.
 
-    shape, strides: of the output that the functional op returns.
+    turn: of the group, in which it is issued. shape, strides: of the output that the functional op returns.
     """
 
-    __slots__ = ("again", "any_address", "issue", "product", "shape", "strides", "takes_bias")
+    __slots__ = ("again", "any_address", "issue", "product", "shape", "strides", "takes_bias", "turn")
 
-    def __init__(self, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
-        self.issue = issue
+    def __init__(self, turn: Turn, issue: Callable[..., Any], out: Tensor, any_address: bool = False):
+        self.turn, self.issue = turn, issue
         self.shape, self.strides = tuple(out.shape), out.stride()
         self.again: Callable[..., bool] | None = None
         self.product: Callable[..., Tensor] | None = None  # what comes before `again`
@@ -64,28 +65,30 @@ class Prepared:
 
     def gemm(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Run a GEMM op."""
-        if self.again is not None:
-            out_ptr = out.data_ptr()
-            bias_ptr = out_ptr if bias is None else bias.data_ptr()
-            if self.product is None:
-                a_ptr, b_ptr = a.data_ptr(), b.data_ptr()
-                if not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and self.again(a_ptr, b_ptr, bias_ptr, out_ptr):
-                    return
-            else:
-                read = self.product(a, b, bias, out)  # lives until the launch is made
-                x_ptr = read.data_ptr()
-                at = (x_ptr, bias_ptr, out_ptr) if self.takes_bias else (x_ptr, out_ptr)
-                if not (x_ptr | bias_ptr | out_ptr) & 15 and self.again(*at):
-                    return
-        self.issue(a, b, bias, out)
+        with self.turn:
+            if self.again is None or not self._gemm_again(self.again, a, b, bias, out):
+                self.issue(a, b, bias, out)
+
+    def _gemm_again(self, again: Callable[..., bool], a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+        """The short way. False: nothing was launched that counts, go the ordinary way."""
+        out_ptr = out.data_ptr()
+        bias_ptr = out_ptr if bias is None else bias.data_ptr()
+        if self.product is None:
+            a_ptr, b_ptr = a.data_ptr(), b.data_ptr()
+            return not (a_ptr | b_ptr | bias_ptr | out_ptr) & 15 and again(a_ptr, b_ptr, bias_ptr, out_ptr)
+        read = self.product(a, b, bias, out)  # lives until the launch is made
+        x_ptr = read.data_ptr()
+        at = (x_ptr, bias_ptr, out_ptr) if self.takes_bias else (x_ptr, out_ptr)
+        return not (x_ptr | bias_ptr | out_ptr) & 15 and again(*at)
 
     def sum(self, x: Tensor, out: Tensor) -> None:
         """Run an all-reduce."""
-        if self.again is not None:
-            x_ptr, out_ptr = x.data_ptr(), out.data_ptr()
-            if (self.any_address or not (x_ptr | out_ptr) & 15) and self.again(x_ptr, out_ptr):
-                return
-        self.issue(x, out)
+        with self.turn:
+            if self.again is not None:
+                x_ptr, out_ptr = x.data_ptr(), out.data_ptr()
+                if (self.any_address or not (x_ptr | out_ptr) & 15) and self.again(x_ptr, out_ptr):
+                    return
+            self.issue(x, out)
 
 
 def key_of(op: str, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> tuple:

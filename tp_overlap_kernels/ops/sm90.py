@@ -16,6 +16,7 @@ from ..kernels.gemm import Schedule
 from ..kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
 from ..kernels.gemm_collectives import rows_that_fit as rows_of_tiles
 from ..memory.arena import Arena
+from ..memory.turn import stream_of
 from .operands import describe
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
@@ -88,7 +89,7 @@ class IssuedSm90:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""
         launcher = self.arena.cache.get(self.op) or _launcher(self.arena, self.op)
         bias_ptr = bias_ptr if self.bias_ptr else 0
-        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, _stream_of(self.arena.device.index))
+        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index))
         return True
 
     def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Any:
@@ -119,11 +120,3 @@ def _launcher(arena: Arena, op: str) -> GemmCollectiveLauncher:
         blocks=arena.programs,
     )
     return launcher
-
-
-def _current_stream(index: int | None) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
-
-
-# The stream as an integer without a Stream object around it: 0.2 us and not 2. Triton takes it from there, too.
-_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)

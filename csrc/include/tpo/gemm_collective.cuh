@@ -27,7 +27,7 @@
 namespace tpo {
 
 // Threads of the producer warpgroup; thread 0 loads what is multiplied.
-constexpr int kCourierThread = 32;
+constexpr int kCourierWarp = 1;
 constexpr int kTransitWarp = 2;
 
 // 128 * 56 + 256 * 224 of 63 Ki: the waits for peers take more than loads do.
@@ -223,6 +223,7 @@ struct Courier {
   int op;  // in the record
   int64_t word;
   bool failed;
+  bool failed_before;  // the group had: every block knows that by itself
   uint32_t staged_parity = 0;
   uint32_t taken_parity = 0;
 
@@ -231,7 +232,7 @@ struct Courier {
   __device__ Courier(const TpoGemmCollectiveArgs& args, const CollectiveMemory<Shape>& memory, int op)
       : args(args), memory(memory), op(op) {
     const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH) + 1;
-    failed = local_peek_relaxed(args.control + TPO_CONTROL_FAILED) != 0;
+    failed = failed_before = local_peek_relaxed(args.control + TPO_CONTROL_FAILED) != 0;
     word = call_word(epoch, args.call_hash);
     put_shared(memory.epoch(), epoch);
     put_shared(memory.failed(), failed);
@@ -333,6 +334,16 @@ struct Courier {
     }
   }
 };
+
+// By a warp of which a wait has failed in this call: all of out is NaN. Other blocks may have stored sums, or be about to,
+// of what came in time: hence the delay.
+__device__ __forceinline__ void spoil(const TpoGemmArgs& gemm, int rows) {
+  for (int i = 0; i < 2000; ++i) __nanosleep(1000);
+  auto* row = static_cast<uint16_t*>(gemm.out);
+  for (int i = 0; i < rows; ++i, row += gemm.out_stride) {
+    for (int col = threadIdx.x % 32 * kVecElems; col < gemm.N; col += 32 * kVecElems) put(row + col, splat(kNan));
+  }
+}
 
 // ---- phases of a consumer warpgroup after its products ---------------------------------------------------------------
 

@@ -74,13 +74,17 @@ class Patience {
   __device__ Patience(const int64_t* control, const int64_t* record, int64_t timeout_ns)
       : control_(control), record_(record), timeout_ns_(timeout_ns) {}
 
-  // To be asked after each poll that found nothing: kOk means poll again.
-  __device__ __forceinline__ Status spent() { return (++polls_ & 1023) == 512 ? look() : kOk; }
+  // To be asked after each poll that found nothing of `peer`: kOk means poll again. Anything else is about the time
+  // before now: what a peer sent before it closed may have come, so poll once more before giving up.
+  __device__ __forceinline__ Status spent(int peer) { return (++polls_ & 1023) == 512 ? look(peer) : kOk; }
   __device__ __forceinline__ bool has_looked() const { return (polls_ & 1023) == 512; }
 
  private:
-  __device__ __forceinline__ Status look() {
-    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED) || peek_relaxed(record_ + TPO_RECORD_ABORT)) return kAborted;
+  __device__ __forceinline__ Status look(int peer) {
+    const int64_t ended = 1 | int64_t{1} << (TPO_RECORD_ABORT_PEER + peer);
+    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED) || peek_relaxed(record_ + TPO_RECORD_ABORT) & ended) {
+      return kAborted;
+    }
     int64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));  // nanoseconds; clock64 would follow the SM clock
     if (started_ == 0) started_ = now;
@@ -128,7 +132,7 @@ __device__ __forceinline__ Status wait(const int64_t* slot, const int64_t* heade
   const int64_t epoch = who.wanted >> 16;
   Status status = kOk;
   who.seen = peek(slot);
-  while (who.seen >> 16 < epoch && (status = patience.spent()) == kOk) {
+  while (who.seen >> 16 < epoch && (status = patience.spent(static_cast<int>(who.peer))) == kOk) {
     if (header != nullptr && patience.has_looked()) {
       const int64_t theirs = peek_relaxed(header);  // relaxed: it publishes no data
       if (theirs >> 16 == epoch && theirs != who.wanted) {
@@ -138,6 +142,7 @@ __device__ __forceinline__ Status wait(const int64_t* slot, const int64_t* heade
     }
     who.seen = peek(slot);
   }
+  if (status != kOk && (who.seen = peek(slot)) >> 16 >= epoch) status = kOk;
   if (status == kOk && who.seen >> 16 == epoch && who.seen != who.wanted) status = kMismatch;
   if (status != kOk) report_failure(control, record, status, who);
   return status;

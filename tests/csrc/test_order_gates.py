@@ -1,0 +1,106 @@
+"""Rules of order for every CUDA kernel, read from its PTX: what no run on one machine could show. Needs only nvcc."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+SOURCES = sorted((CSRC / "kernels").glob("*.cu"))
+
+
+def instructions(ptx: str) -> list[str]:
+    return [line.strip() for line in ptx.split("\n") if line.strip().endswith(";")]
+
+
+def check_scopes(ptx: str) -> None:
+    """Signals reach other devices; device scope is for words of `control`. Nothing is volatile, nothing that a peer may
+    have written goes the way of constants, and no fence stands in the place of a release."""
+    for line in instructions(ptx):
+        found = re.search(r"\b(ld|st|atom|red)\.(\S*global\S*)", line)
+        modifiers = set(found[2].split(".")) if found else set()
+        assert not re.search(r"\bmembar\b|\bfence\.(sc|acq_rel)\.(?!cluster)", line), (
+            f"a fence, not looked at: {line!r}"
+        )
+        assert not {"volatile", "mmio", "cta"} & modifiers, f"too small a scope: {line!r}"
+        is_wide = bool({"v2", "v4", "b64", "u64", "b128"} & modifiers)  # data of peers; a bias comes in 4 bytes
+        assert not ("nc" in modifiers and is_wide), f"a load as of constants: {line!r}"
+        if found and found[1] in ("ld", "st") and {"acquire", "release"} & modifiers:
+            assert "sys" in modifiers, f"no other device sees it: {line!r}"
+
+
+def check_bulk_stores(ptx: str) -> None:
+    """Between stores of the copy engine and a release stands a wait until they are visible, not merely read."""
+    for entry in re.split(r"\.entry ", ptx)[1:]:
+        lines = instructions(entry)
+        if not any(re.search(r"cp\.async\.bulk\.\S*global\.shared", line) for line in lines):
+            continue
+        waited = None
+        for line in lines:
+            if "cp.async.bulk.wait_group" in line:
+                waited = line
+            elif re.search(r"cp\.async\.bulk\.\S*global\.shared", line):
+                waited = None
+            elif "st.release.sys" in line:
+                assert waited and ".read" not in waited, f"stores are published after {waited!r}: {line!r}"
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.stem)
+def compiled(request, tmp_path_factory) -> str:
+    if not pathlib.Path(NVCC).exists():
+        pytest.skip("needs nvcc")
+    target = tmp_path_factory.mktemp("ptx") / "out.ptx"
+    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=compute_90a", "-ptx"]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", "-o", target, request.param]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target.read_text()
+
+
+def test_scopes(compiled):
+    check_scopes(compiled)
+
+
+def test_bulk_stores_are_complete_before_they_are_published(compiled):
+    check_bulk_stores(compiled)
+
+
+def test_the_sources_are_found():
+    assert "all_reduce_one_shot_sentinel" in {path.stem for path in SOURCES}
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("@%p1 ld.volatile.global.b64 %rd1, [%rd2];", "too small a scope"),
+        ("st.release.gpu.global.b64 [%rd1], %rd2;", "no other device"),
+        ("ld.acquire.cta.global.b64 %rd1, [%rd2];", "too small a scope"),
+        ("ld.global.nc.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];", "constants"),
+        ("membar.sys;", "a fence"),
+        ("fence.acq_rel.sys;", "a fence"),
+    ],
+)
+def test_a_weak_signal_does_not_pass(line, text):
+    with pytest.raises(AssertionError, match=text):
+        check_scopes(f".entry bad\n{line}\nret;")
+
+
+STORE = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r3];"
+RELEASE = "@%p1 st.release.sys.global.b64 [%rd1], %rd2;"
+
+
+@pytest.mark.parametrize(
+    "between, good",
+    [("", False), ("cp.async.bulk.wait_group.read 0;", False), ("cp.async.bulk.wait_group 0;", True)],
+)
+def test_a_store_that_is_only_read_does_not_pass(between, good):
+    ptx = f".entry kernel\n{STORE}\ncp.async.bulk.commit_group;\n{between}\nbar.sync 0;\n{RELEASE}\nret;"
+    if good:
+        check_bulk_stores(ptx)
+    else:
+        with pytest.raises(AssertionError, match="stores are published"):
+            check_bulk_stores(ptx)

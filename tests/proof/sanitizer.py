@@ -1,0 +1,140 @@
+"""compute-sanitizer over small calls of every op and plan, each rank in a process of its own under the tool.
+
+initcheck sees what this process and its kernels write, and not what a peer does: for it the arena is filled first.
+A tool that is not there, or refuses the machine, is a violation: nothing was checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tests.proof import payload, ranks
+from tests.proof.report import Found
+
+TOOLS = ("memcheck", "synccheck", "initcheck")
+# What torch asks of the driver may be refused, and it copes: memory accesses are what is looked for.
+OPTIONS = {"memcheck": ("--report-api-errors", "no")}
+SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+PATIENCE_S = 300.0  # of a wait in a kernel, many times slower than usual
+OURS = re.compile(r"\bcalls ([0-9]+), wrong ([0-9]+)\b")
+
+
+@dataclasses.dataclass
+class Checked:
+    """What one rank's process said."""
+
+    tool: str
+    rank: int
+    exit_code: int | None
+    output: str
+
+
+def run(machine: ranks.Machine, tools: tuple[str, ...], limit_s: float, sanitizer: str = SANITIZER) -> Found:
+    """All tools at once, each bounded."""
+    begun = time.monotonic()
+    with ThreadPoolExecutor(len(tools)) as side_by_side:
+        checked = [
+            one
+            for each in side_by_side.map(lambda tool: _ranks(machine, tool, limit_s, sanitizer), tools)
+            for one in each
+        ]
+    found = Found()
+    for one in checked:
+        line, failures = judge(one)
+        found.rows.append(line)
+        found.failures += failures
+    found.counts = {
+        "processes": len(checked),
+        "errors": sum(line["errors"] or 0 for line in found.rows),
+        "calls": sum(line["calls"] or 0 for line in found.rows),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    return found
+
+
+def judge(one: Checked) -> tuple[dict, list[str]]:
+    """A line of the table, and the violations."""
+    summary, ours = SUMMARY.search(one.output), OURS.search(one.output)
+    errors = int(summary[1]) if summary else None
+    calls, wrong = (int(ours[1]), int(ours[2])) if ours else (None, None)
+    what = f"{one.tool}, rank {one.rank}"
+    tail = "\n".join(one.output.strip().split("\n")[-25:])
+    failures = []
+    if one.exit_code is None:
+        failures.append(f"{what}: not done within its time\n{tail}")
+    elif errors is None or not calls or one.exit_code:
+        failures.append(f"{what}: nothing was checked, or it ended badly, exit code {one.exit_code}\n{tail}")
+    if errors:
+        first = one.output[max(0, one.output.find("=========")) :][:2000]
+        failures.append(f"{what}: {errors} errors\n{first}")
+    if wrong:
+        failures.append(f"{what}: {wrong} wrong results")
+    return {"tool": one.tool, "rank": one.rank, "errors": errors, "calls": calls, "wrong": wrong}, failures
+
+
+def _ranks(machine: ranks.Machine, tool: str, limit_s: float, sanitizer: str) -> list[Checked]:
+    with tempfile.TemporaryDirectory(prefix="tpo-sanitizer-") as folder:
+        files = [Path(folder, f"rank_{rank}") for rank in range(machine.world_size)]
+        processes = []
+        env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # as the ranks of tests/dist.py
+        for rank, file in enumerate(files):
+            arguments = (tool, str(rank), str(machine.world_size), machine.kind, str(Path(folder, "store")))
+            python = (sys.executable, "-m", "tests.proof.sanitizer", *arguments)
+            command = [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), *python]
+            with file.open("w") as output:
+                try:
+                    processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env))
+                except OSError as reason:
+                    return [Checked(tool, rank, -1, f"{sanitizer}: {reason}")]
+        deadline = time.monotonic() + limit_s
+        codes: list[int | None] = []
+        for process in processes:
+            try:
+                codes.append(process.wait(max(0.1, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                codes.append(None)
+        for process in processes:
+            process.kill()
+            process.wait()
+        return [Checked(tool, rank, code, files[rank].read_text()) for rank, code in enumerate(codes)]
+
+
+def _rank(tool: str, rank: int, machine: ranks.Machine, store: str) -> None:
+    """One process: every kind of call, twice."""
+    ranks.take_device(rank, machine)
+    files = dist.FileStore(store, machine.world_size)
+    dist.init_process_group(
+        "gloo", store=files, rank=rank, world_size=machine.world_size, timeout=timedelta(seconds=PATIENCE_S)
+    )
+    with ranks.arena(rank, machine, max_M=512, max_N=1024, timeout_s=PATIENCE_S) as arena:
+        if tool == "initcheck":
+            arena.store.buffer[arena.layout.one_shot :].zero_()
+            ranks.synchronise(arena.device)
+            ranks.gather(None)
+        rows = payload.rows(payload.FEW_SIZES[machine.kind])
+        tables = payload.Tables(rank, machine.world_size, arena.device, rows, 2 * len(rows))
+        eager = payload.Eager(tables, rows, 2 * len(rows))
+        for index in [*range(len(rows)), *reversed(range(len(rows)))]:
+            eager.call(index)
+        ranks.synchronise(arena.device)
+        arena.check()
+        print(f"calls {len(eager.chosen)}, wrong {eager.mismatches()}", flush=True)
+        ranks.gather(None)
+    os._exit(0)  # nothing of the end is looked at
+
+
+if __name__ == "__main__":
+    _rank(sys.argv[1], int(sys.argv[2]), ranks.Machine(int(sys.argv[3]), sys.argv[4]), sys.argv[5])

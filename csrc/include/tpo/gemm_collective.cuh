@@ -17,7 +17,8 @@
 //            itself seen the tile before read from there.
 //   taken    consumers -> courier: that partial has been added, and another follows.
 //   staged   consumers -> courier: the tile, or the sum, lies in staging.
-// A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing.
+// A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
+// peers fail, too, and at its end it fills all of out with NaN.
 #pragma once
 
 #include "api.h"

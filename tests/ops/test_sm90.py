@@ -126,6 +126,18 @@ def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M
         assert rows == max_M
 
 
+@pytest.mark.parametrize(
+    ("staged", "results", "slots", "pairs"),
+    [(100, 300, 400, 50), (7, 300, 400, 3), (100, 23, 400, 3), (100, 300, 31, 3), (1, 300, 400, 0)],
+    ids=["all", "staging", "results of three peers", "flags of four ranks", "not one pair"],
+)
+def test_each_part_of_the_arena_may_be_what_limits(staged, results, slots, pairs):
+    tile = TILE_BYTES[256]
+    limits = {"staging_slot_bytes": staged * tile, "result_bytes": results * tile, "tile_slots": slots}
+    assert rows_that_fit(256, 256, 4, **limits) == pairs * 4 * 256
+    assert rows_that_fit(257, 256, 4, **limits) == pairs // 2 * 4 * 256
+
+
 def test_too_small_an_arena_is_refused_with_what_would_do():
     tpo.init(max_M=64, max_N=128)
     arena = arenas.get("local")

@@ -324,12 +324,13 @@ struct Courier {
     }
   }
 
-  // End a call that gives peers no other sign that its loads of staging are over: the last block raises `done`.
+  // End a call that gives peers no other sign that its loads of staging are over: the last block raises `done`. From a
+  // failed wait on nothing is written into a peer's memory, this word neither.
   __device__ __forceinline__ void leave() {
     if (count_arrival(args.control + TPO_CONTROL_LEFT) != gridDim.x - 1) return;
     local_poke_relaxed(args.control + TPO_CONTROL_LEFT, 0);
     local_poke_relaxed(args.control + TPO_CONTROL_STAGED, word >> 16);
-    for (int turn = 1; turn < args.world_size; ++turn) {
+    for (int turn = 1; turn < args.world_size && !failed; ++turn) {
       const int peer = (args.rank + turn) % args.world_size;
       notify(word_at(args, peer, args.done_offset, args.rank), call_word(word >> 16, 0));
     }

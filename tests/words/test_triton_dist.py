@@ -17,11 +17,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.skipif(
     importlib.util.find_spec("triton_dist") is None,
     reason="needs triton_dist: Triton-Distributed's compiler, which takes the place of stock Triton",
 )
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_that_project_means_the_same():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"TPO_TEST_WORDS": "triton_dist", "PYTHONPATH": str(ROOT)}

@@ -11,13 +11,14 @@ clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
 dev_installed := $(VENV)/.dev_installed
 cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help bench test fuzz proof cycles mutants lint format typecheck clean
+.PHONY: help bench test fuzz proof models cycles mutants lint format typecheck clean
 help:
 	@echo "make bench      check and time the ops on this machine"
 	@echo "make test       run the tests; says what was skipped and what it needed"
 	@echo "make mutants    break the package in known ways, see that tests notice, write the table of docs/proof.md"
 	@echo "make fuzz       random calls on CPU ranks;  make fuzz ARGS='--world-size 3 --seed 1000 --count 5000'"
 	@echo "make proof      the proof on this machine's GPUs: ten minutes on two; see docs/proof.md"
+	@echo "make models     SmolLM2-135M, downloaded once, over 2 and 3 CPU ranks: the same tokens and perplexity (minutes)"
 	@echo "make cycles     make and close a group 10,000 times: nothing may be left behind (minutes)"
 	@echo "make lint       ruff and clang-format, reading only;  make format: the same, writing"
 	@echo "make typecheck  mypy"
@@ -47,6 +48,9 @@ proof: $(installed)
 	@failed=; for part in soak replay bits fuzz delay faults hog sanitizer; do \
 		$(python) -m tests.proof $$part --json bench/results/proof/$$part.json $(ARGS) || failed="$$failed $$part"; \
 	done; test -z "$$failed" || { echo "violations in:$$failed"; exit 1; }
+
+models: $(installed)
+	$(python) -m pytest -q -rs --real-weights tests/integrations/test_smollm2.py $(ARGS)
 
 cycles: $(installed)
 	$(python) -m pytest -q --timeout 3600 tests/memory/test_cycles.py --cycles 10000 $(ARGS)

@@ -58,6 +58,9 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
+# The CUDA kernels for Hopper: columns of a tile, least M. With own tiles last and among the others.
+_SM90 = ((256, 1024), (128, 256))
+_SM90_LEADS = (0, 33, 66)
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -79,6 +82,12 @@ def _staged(name: str) -> list[Candidate]:
     ]
 
 
+def _sm90() -> list[Candidate]:
+    return [
+        Candidate(f"sm90:block_n={cols},group_m=8,lead={lead}", least) for cols, least in _SM90 for lead in _SM90_LEADS
+    ]
+
+
 def _chunked() -> list[Candidate]:
     return [Candidate(f"chunked:chunks={c},own_chunks={own}", 2048, most_ranks=2) for c, own in _CHUNKS]
 
@@ -87,6 +96,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
     GEMM_ALL_REDUCE: [
         *_one_shot(),
         *_staged("two_shot"),
+        *_sm90(),
         *_chunked(),
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
@@ -98,6 +108,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *_one_shot(),
         *(Candidate(_tiles("push", (*tile, 1), 1), least, most) for *tile, least, most in _SCATTER_FEW),
         *_staged("push"),
+        *_sm90(),
         *_chunked(),
         Candidate("unfused_push"),
         Candidate("unfused_nccl"),

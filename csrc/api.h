@@ -64,7 +64,9 @@ enum TpoControl {
   TPO_CONTROL_SENTINEL_BUFFER = 2, /* buffer of the next call of the sentinel kernel: 0, 1, 2, 0, ... */
   TPO_CONTROL_SENTINEL_BYTES = 3,  /* bytes a slot held in the previous one */
   TPO_CONTROL_FAILED = 4,          /* not 0: every wait ends at once, outputs are NaN */
-  TPO_CONTROL_REPORTER = 5         /* 0 until one thread has taken it upon itself to write the record */
+  TPO_CONTROL_REPORTER = 5,        /* 0 until one thread has taken it upon itself to write the record */
+  TPO_CONTROL_LEFT = 6,            /* blocks of the running call that have ended with `leave` */
+  TPO_CONTROL_STAGED = 7           /* the last call that ended with `leave`: its `done` lets peers use staging again */
 };
 
 /* Indices into `record`, which starts as zeros. */
@@ -84,6 +86,53 @@ enum { TPO_RECORD_ABORT_PEER = 8 }; /* a bit of the abort word, not an index */
 
 enum TpoFailure { TPO_FAILURE_TIMEOUT = 1, TPO_FAILURE_MISMATCH = 2, TPO_FAILURE_ABORTED = 3 };
 
+/* out[M, N] = a[M, K] @ b[N, K].T (+ bias); kernels/gemm.cu. Strides in elements, multiples of 8 and not less than a row;
+ * a, b, out 16-byte aligned. out overlaps no input. */
+typedef struct TpoGemmArgs {
+  const void* a;
+  const void* b;
+  void* out;
+  const void* bias; /* N elements, 4-byte aligned; null: none */
+  int64_t a_stride;
+  int64_t b_stride;
+  int64_t out_stride;
+  int32_t M;
+  int32_t N;          /* even */
+  int32_t K;          /* at least 1 */
+  int32_t dtype;      /* 0 bf16, 1 fp16 */
+  int32_t schedule;   /* TpoGemmSchedule; any gives the same bits */
+  int32_t group_rows; /* rows of cluster tiles that are walked through together; at least 1 */
+} TpoGemmArgs;
+
+/* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. The tiles of a
+ * pair together have 256 rows (ping-pong: 128). */
+enum TpoGemmSchedule { TPO_GEMM_128X256_PAIR = 0, TPO_GEMM_PING_PONG_64X256_PAIR = 1, TPO_GEMM_128X128_PAIR = 2 };
+
+/* The same product, summed over ranks: kernels/gemm_reduce_scatter_push.cu, kernels/gemm_all_reduce_two_shot_push.cu. K is
+ * that of one rank. gemm.out: M rows, or this rank's rows [rank * c, min(M, (rank + 1) * c)), c = ceil(M / world_size), of
+ * a reduce-scatter. gemm.schedule: not PING_PONG. Offsets and bytes are of the arena, as in memory/layout.py. */
+typedef struct TpoGemmCollectiveArgs {
+  TpoGemmArgs gemm;
+  const int64_t* base_table; /* device, world_size addresses: the arena of each rank as mapped in this process */
+  int64_t* control;          /* device, words of this rank alone: see TpoControl */
+  int64_t* record;           /* pinned host, device address: see TpoRecord */
+  int64_t header_offset;
+  int64_t done_offset;
+  int64_t partial_flags_offset; /* tile_slots words each */
+  int64_t result_flags_offset;
+  int64_t tile_slots;
+  int64_t staging_offset; /* world_size - 1 slots */
+  int64_t staging_slot_bytes;
+  int64_t result_offset; /* all-reduce only */
+  int64_t result_bytes;
+  int64_t timeout_ns; /* how long a wait may last; 0: for ever */
+  int64_t call_hash;  /* 16 bits; equal on all ranks if they call the same thing */
+  int32_t rank;
+  int32_t world_size; /* 2..8 */
+  int32_t blocks;     /* launch at most so many; at least 2 */
+  int32_t lead_tiles; /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
+} TpoGemmCollectiveArgs;
+
 int tpo_abi_version(void);
 const char* tpo_error_string(int error);
 
@@ -100,6 +149,20 @@ int tpo_gemm_all_reduce_decode_prepare(void);
 
 /* out = sum over ranks of a @ b.T, plus bias, through the sentinel region. M = 0 or N = 0 launches nothing. */
 int tpo_gemm_all_reduce_decode(const TpoGemmAllReduceDecodeArgs* args, void* cuda_stream);
+
+/* Loads the kernels of tpo_gemm onto the calling thread's current device; to be called before the first launch there. */
+int tpo_gemm_prepare(void);
+
+/* M = 0 or N = 0 launches nothing. */
+int tpo_gemm(const TpoGemmArgs* args, void* cuda_stream);
+
+/* Load their kernels onto the calling thread's current device; to be called before the first launch there. */
+int tpo_gemm_reduce_scatter_prepare(void);
+int tpo_gemm_all_reduce_prepare(void);
+
+/* M = 0 or N = 0 launches nothing. cudaErrorInvalidValue, too, where the arena has no room for the tiles. */
+int tpo_gemm_reduce_scatter(const TpoGemmCollectiveArgs* args, void* cuda_stream);
+int tpo_gemm_all_reduce(const TpoGemmCollectiveArgs* args, void* cuda_stream);
 
 #ifdef __cplusplus
 }

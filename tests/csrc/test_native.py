@@ -14,6 +14,8 @@ import torch
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import NativeLibraryError, TpOverlapError
 from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel as sentinel
+from tp_overlap_kernels.kernels import gemm, gemm_collectives
+from tp_overlap_kernels.kernels import gemm_all_reduce_one_shot_sentinel as decode
 
 HEADER = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "api.h"
 needs_library = pytest.mark.skipif(
@@ -42,14 +44,23 @@ def test_python_and_header_name_the_same_abi():
 
 
 @needs_compiler
-def test_the_struct_in_python_is_the_struct_in_c(tmp_path):
-    names = [name for name, _ in sentinel._Args._fields_]
-    prints = "".join(f'printf("%zu ", offsetof(TpoAllReduceArgs, {name}));' for name in names)
+@pytest.mark.parametrize(
+    ("name", "mirror"),
+    [
+        ("TpoAllReduceArgs", sentinel._Args),
+        ("TpoGemmArgs", gemm.Args),
+        ("TpoGemmCollectiveArgs", gemm_collectives._Args),
+        ("TpoGemmAllReduceDecodeArgs", decode._Args),
+    ],
+)
+def test_the_struct_in_python_is_the_struct_in_c(tmp_path, name, mirror):
+    fields = [field for field, _ in mirror._fields_]
+    prints = "".join(f'printf("%zu ", offsetof({name}, {field}));' for field in fields)
     program = f'#include <stdio.h>\n#include <stddef.h>\n#include "api.h"\nint main(void) {{ {prints} '
-    program += 'printf("%zu", sizeof(TpoAllReduceArgs)); return 0; }\n'
+    program += f'printf("%zu", sizeof({name})); return 0; }}\n'
     printed = subprocess.check_output([compile_c(tmp_path, program)], text=True).split()
-    offsets = [getattr(sentinel._Args, name).offset for name in names]
-    assert [int(word) for word in printed] == [*offsets, ctypes.sizeof(sentinel._Args)]
+    offsets = [getattr(mirror, field).offset for field in fields]
+    assert [int(word) for word in printed] == [*offsets, ctypes.sizeof(mirror)]
 
 
 @needs_compiler

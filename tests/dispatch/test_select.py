@@ -221,6 +221,9 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("decode", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
         ("decode", gemm(AR, 1), cpu("interp"), "no CPU twin"),
         ("sentinel", elements(64, dtype="float32"), h200(), "not float32"),
+        ("sm90", gemm(AR, 4096), h200(native=False), "the CUDA library is not loaded"),
+        ("sm90", gemm(RS, 4096, N=4100), h200(), "N must be a multiple of 8 for the copy engine, got 4100"),
+        ("sm90", gemm(AR, 64), cpu("interp"), "no CPU twin"),
         ("chunked", gemm(AR, 8192, world_size=4), h200(4), "world_size=2, not 4"),
         ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
         ("unfused_nccl", gemm(AR, 8192), h200(ranks_per_device=2), "two ranks on one device"),
@@ -250,6 +253,22 @@ def test_a_forced_plan_is_taken_over_table_and_rule():
     assert select(gemm(AR, 4096), h200(), measured, forced="unfused_nccl") == Plan("unfused_nccl")
     assert select(gemm(AR, 4096), h200(), measured, forced="two_shot:block_n=64").get("block_n") == 64
     assert select(gemm(AR, 4096), h200(), measured, forced="").name == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("problem", "block_n", "lead"),
+    [
+        pytest.param(gemm(AR, 4096), 256, 0, id="many waves of long tiles"),
+        pytest.param(gemm(AR, 1024), 128, 0, id="two waves"),
+        pytest.param(gemm(RS, 4096, K=1024), 256, 66, id="a wave of partials takes longer than its products"),
+        pytest.param(gemm(AR, 4096, K=1024), 256, 0, id="between two ranks sums are as many as partials"),
+        pytest.param(gemm(AR, 8192, K=4096, world_size=4), 256, 22, id="three sums a tile"),
+        pytest.param(gemm(RS, 8192, K=4096, world_size=4), 256, 0, id="one partial a tile"),
+    ],
+)
+def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, block_n, lead):
+    plan = select(problem, h200(problem.world_size), forced="sm90")
+    assert (plan["block_n"], plan["lead"], plan["group_m"]) == (block_n, lead, 8)
 
 
 def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():

@@ -12,6 +12,7 @@ import torch
 
 from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.lang.launch import Launch
+from tp_overlap_kernels.memory.arena import heap_of
 from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.memory.record import Record
 from tp_overlap_kernels.ops import launches
@@ -44,7 +45,7 @@ def arena(device="cpu"):
         world_size=W,
         rank=0,
         device=device,
-        heap=torch.tensor(bases, device=device),
+        heap=heap_of(bases, 0, device),
         control=control.to(device),
         record=Record(device),
         programs=2,

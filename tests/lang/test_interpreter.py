@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import pathlib
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -470,3 +473,33 @@ def test_an_interpreted_kernel_still_compiles(monkeypatch, tmp_path):
     compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
     assert "trap;" in compiled.asm["ptx"]  # the assembly, and not the stand-in
     assert passes_data()
+
+
+COMPILES_AFTER_INTERPRETING = """
+import torch, triton, triton.language as tl
+from tests.ptx import hopper
+from tests.lang.test_interpreter import refuses
+from tp_overlap_kernels.lang.interpreter import interpret
+
+interpret(refuses, 1, torch.zeros(1), True)
+try:
+    hopper(refuses, {"x_ptr": "*fp32"}, {"OK": False})
+except triton.CompilationError:
+    print("refused")
+"""
+
+
+@triton.jit
+def refuses(x_ptr, OK: tl.constexpr):
+    tl.static_assert(OK, "on purpose")
+    tl.store(x_ptr, 1.0)
+
+
+def test_a_process_that_interpreted_first_compiles_no_less_strictly(tmp_path):
+    """The compiler remembers tl.static_assert when it is first imported, which must not be during a launch."""
+    command = [sys.executable, "-c", COMPILES_AFTER_INTERPRETING]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert ended.stdout.strip() == "refused", ended.stderr[-2000:]

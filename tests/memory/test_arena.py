@@ -191,7 +191,8 @@ def look_inside(rank, world_size):
     assert not buffer[: room.sentinel].any(), "every slot is zero: no call yet"
     assert (buffer[room.sentinel : room.one_shot].view(torch.int32) == arenas.SENTINEL_WORD).all()
     assert arenas.SENTINEL_WORD & 0xFFFFFFFF == 0x80008000
-    assert arena.heap.tolist() == arena.store.bases and arena.heap[rank] == buffer.data_ptr()
+    assert arena.heap.tolist() == [*arena.store.bases, *[buffer.data_ptr()] * 2 * world_size]
+    assert arena.heap[rank] == buffer.data_ptr()
     assert arena.control[signal.HEADERS.value] == buffer.data_ptr() + room.header
     assert arena.control[signal.HEADERS_BYTES.value] == 8 * world_size
     assert arena.control.count_nonzero() == 2 and not arena.record.failed

@@ -21,13 +21,14 @@ PLAN_NAMES = {
         "two_shot",
         "one_shot",
         "decode",
+        "sm90",
         "chunked",
         "unfused_two_shot",
         "unfused_one_shot",
         "unfused_sentinel",
         "unfused_nccl",
     ),
-    "gemm_reduce_scatter": ("push", "one_shot", "chunked", "unfused_push", "unfused_nccl"),
+    "gemm_reduce_scatter": ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_nccl"),
     "all_reduce": ("two_shot", "one_shot", "sentinel", "nccl"),
 }
 OPS = tuple(PLAN_NAMES)
@@ -46,6 +47,7 @@ PARAM_NAMES = (
     "own_chunks",
     "taper",
     "stagger_ns",
+    "lead",
 )
 
 

@@ -58,6 +58,12 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 # The same where 128 x 256 tiles would leave SMs idle (N=4096, M=512).
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
+# The same for the CUDA kernels, of which two blocks share a column: with few waves of tiles smaller ones, since what is
+# left over when the products end is the exchange of one wave (predicted: 25 us against 12).
+TILES_SM90 = {"block_n": 256, "group_m": 8}
+TILES_FEW_SM90 = {"block_n": 128, "group_m": 8}
+FEW_TILES_SM90 = 4 * 66
+LEAD_SM90 = 66  # one wave
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
 TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
 # The CUDA decode kernel: as many blocks as there are SMs, or a few less. Above 32 rows of a, tiles of 128 rows of b:
@@ -150,7 +156,7 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 # ---- what a plan needs
 
-_CUDA_ONLY = ("decode", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
+_CUDA_ONLY = ("decode", "sm90", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
 _TILED = ("one_shot", "two_shot", "push")
 
 
@@ -189,6 +195,14 @@ def _decode_limit(problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.M * -(-problem.N // 128) * 128 * 2, "sentinel", topology.sentinel_bytes)
 
 
+def _sm90_limit(problem: Problem, topology: Topology) -> str | None:
+    if not topology.native:
+        return "the CUDA library is not loaded"
+    if ITEMSIZE[problem.dtype] != 2:
+        return f"the kernels for Hopper take bfloat16 and float16, not {problem.dtype}"
+    return None if problem.N % 8 == 0 else f"N must be a multiple of 8 for the copy engine, got {problem.N}"
+
+
 def _chunked_limit(problem: Problem, topology: Topology) -> str | None:
     # With more peers their partials would have to be summed before the beta=1 of the own GEMM can add them.
     return None if topology.world_size == 2 else f"chunked works with world_size=2, not {topology.world_size}"
@@ -204,6 +218,7 @@ _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
     "sentinel": _sentinel_limit,
     "unfused_sentinel": _sentinel_limit,
     "decode": _decode_limit,
+    "sm90": _sm90_limit,
     "chunked": _chunked_limit,
     "nccl": _nccl_limit,
     "unfused_nccl": _nccl_limit,
@@ -312,6 +327,9 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
         return CHUNKS
     if name == "decode":
         return _decode_params(problem)
+    if name == "sm90":
+        tiles = -(-problem.M // TILES_SM90["block_n"]) * -(-problem.N // TILES_SM90["block_n"])  # pairs, 256 x 256
+        return (TILES_SM90 if tiles > FEW_TILES_SM90 else TILES_FEW_SM90) | {"lead": _lead(problem)}
     if problem.op == "all_reduce" or name not in _TILED:
         return {}
     if topology.backend == "interp":
@@ -334,3 +352,12 @@ def _decode_params(problem: Problem) -> dict[str, int]:
     while splits < 8 and 2 * splits * tiles <= DECODE_SMS and problem.K >= 2 * splits * DECODE_MIN_K:
         splits *= 2
     return {"block_n": block_n, "splits": splits}
+
+
+def _lead(problem: Problem) -> int:
+    """Of the plan sm90: after how many of each peer's tiles the own ones begin; 0: last, which is better for L2."""
+    W = problem.world_size
+    # A wave of tiles sends W-1 sums or one partial each; one takes the link as long as a K of 2048 the products.
+    burst = W - 1 if problem.op == "gemm_all_reduce" else 1
+    balanced = problem.op == "gemm_all_reduce" and W == 2  # as much is sent before as after
+    return 0 if balanced or problem.K > 2048 * burst else -(-LEAD_SM90 // (W - 1))

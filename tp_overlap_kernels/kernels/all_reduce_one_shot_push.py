@@ -50,7 +50,7 @@ def all_reduce_one_shot_push(
     BLOCK: tl.constexpr,
 ):
     signal.after_previous_kernel()
-    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
     half = epoch & 1
     slots = slots_offset + half * WORLD * slot_bytes

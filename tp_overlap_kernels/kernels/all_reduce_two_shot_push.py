@@ -58,7 +58,7 @@ def all_reduce_two_shot_push(
     signal.after_previous_kernel()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
     own = tl.load(heap_ptr + rank)
     blocks = part // BLOCK
@@ -73,6 +73,7 @@ def all_reduce_two_shot_push(
             x = tl.load(x_ptr + index, mask=index < n, other=0.0)
             if (block == pid) & (i == 1):  # while x is on its way
                 failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
+                heap_ptr = signal.reachable(heap_ptr, failed, WORLD)
             staged = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
             tl.store(staged + local, x, mask=index < n)
             signal.notify(tl.load(heap_ptr + owner) + partial_flags + (block * WORLD + rank) * 8, word)

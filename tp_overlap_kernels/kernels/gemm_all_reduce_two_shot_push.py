@@ -76,9 +76,8 @@ def gemm_all_reduce_two_shot_push(
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
-    own = tl.load(heap_ptr + rank)
     tiles_per_owner = m_tiles * n_tiles
     failed = 0
 
@@ -111,9 +110,9 @@ def gemm_all_reduce_two_shot_push(
             if step == pid:  # before the first store
                 failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
             # The tile before this one has long arrived where it went: its release waits for nothing.
-            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+            signal.publish(heap_ptr, tl.where(failed == 0, pending, 0), pending_owner, word, rank, WORLD)
             rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)
-            row_end = tl.minimum(M, (owner + 1) * rows_per_rank)
+            row_end = tl.where(failed == 0, tl.minimum(M, (owner + 1) * rows_per_rank), 0)  # failed: no rows, no sign
             if owner != rank:
                 # 1. push the partial to its owner: staging slot of ours, row 0 is the owner's first
                 partial = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
@@ -126,7 +125,7 @@ def gemm_all_reduce_two_shot_push(
                 for i in tl.range(0, WORLD - 1, num_stages=1):
                     peer = i + (i >= rank).to(tl.int32)  # 0..W-1 without us
                     who = signal.waiter(OP, rank, peer, t)
-                    slot = own + partial_flags + (t * WORLD + peer) * 8
+                    slot = tl.load(heap_ptr + rank) + partial_flags + (t * WORLD + peer) * 8
                     status = signal.wait(slot, word, timeout_ns, control_ptr, record_ptr, who)
                     failed = tl.maximum(failed, status)
                     staged = slot_at(heap_ptr, staging_offset, i, staging_slot_bytes, rank, DTYPE)
@@ -142,7 +141,7 @@ def gemm_all_reduce_two_shot_push(
             pending_owner = owner
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+    signal.publish(heap_ptr, tl.where(failed == 0, pending, 0), pending_owner, word, rank, WORLD)
 
     # 3. the sums of the other owners, from the arena to the caller's tensor, in the order in which they were computed
     failed = collect_results(

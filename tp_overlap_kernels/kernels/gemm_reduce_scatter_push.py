@@ -72,7 +72,7 @@ def gemm_reduce_scatter_push(
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
     own = tl.load(heap_ptr + rank)
     tiles_per_owner = m_tiles * n_tiles
@@ -106,9 +106,10 @@ def gemm_reduce_scatter_push(
             if step == pid:  # before the first store
                 failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
             # The tile before this one has long arrived where it went: its release waits for nothing.
-            signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+            signal.publish(heap_ptr, tl.where(failed == 0, pending, 0), pending_owner, word, rank, WORLD)
             rows, cols = tile.offsets(row0, col0, BLOCK_M, BLOCK_N)
             row_end = tl.minimum(M - owner * rows_per_rank, rows_per_rank)
+            row_end = tl.where(failed == 0, row_end, 0)  # failed: no rows, no sign
             if owner != rank:
                 # 1. push the partial to its owner
                 partial = slot_at(heap_ptr, staging_offset, staging_slot(rank, owner), staging_slot_bytes, owner, DTYPE)
@@ -131,7 +132,8 @@ def gemm_reduce_scatter_push(
                 pending = 0
             pending_owner = owner
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    signal.publish(heap_ptr, pending, pending_owner, word, rank, WORLD)
+    signal.publish(heap_ptr, tl.where(failed == 0, pending, 0), pending_owner, word, rank, WORLD)
+    heap_ptr = signal.reachable(heap_ptr, failed, WORLD)
     signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)
     own_rows = tl.maximum(tl.minimum(M - rank * rows_per_rank, rows_per_rank), 0)
     signal.spoil(out_ptr, tile.elements(own_rows, N), failed, DTYPE)

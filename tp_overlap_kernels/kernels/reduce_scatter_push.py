@@ -54,11 +54,12 @@ def reduce_scatter_push(
     signal.after_previous_kernel()
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    epoch = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
+    epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
     own = tl.load(heap_ptr + rank)
     blocks = tl.cdiv(part, BLOCK)
     failed = signal.wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, OP, rank, WORLD)
+    heap_ptr = signal.reachable(heap_ptr, failed, WORLD)
 
     # 1. push the other owners' parts
     for block in tl.range(pid, blocks, programs):

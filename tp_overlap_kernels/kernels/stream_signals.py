@@ -36,9 +36,10 @@ def wait_peers(heap_ptr, control_ptr, record_ptr, done_offset, rank, timeout_ns,
 
 
 @triton.jit(do_not_specialize=["slot_offset", "peer", "call_hash"])
-def notify_peer(heap_ptr, control_ptr, slot_offset, peer, call_hash):
-    """Raise one slot of a peer."""
+def notify_peer(heap_ptr, control_ptr, slot_offset, peer, call_hash, WORLD: tl.constexpr):
+    """Raise one slot of a peer, unless a wait has failed."""
     epoch = tl.load(control_ptr + signal.EPOCH)
+    heap_ptr = signal.reachable(heap_ptr, tl.load(control_ptr + signal.FAILED), WORLD)
     signal.notify(tl.load(heap_ptr + peer) + slot_offset, signal.call_word(epoch, call_hash))
 
 
@@ -64,6 +65,8 @@ def spoil_call(out_ptr, control_ptr, n, DTYPE: tl.constexpr):
 def end_call(out_ptr, heap_ptr, control_ptr, n, done_offset, rank, WORLD: tl.constexpr, DTYPE: tl.constexpr):
     """Leave the call. If a wait of it has failed, the whole output becomes NaN."""
     epoch = tl.load(control_ptr + signal.EPOCH)
-    if tl.load(control_ptr + signal.FAILED) != 0:
+    failed = tl.load(control_ptr + signal.FAILED)
+    if failed != 0:
         signal.fill_nan(out_ptr, n, DTYPE)
+    heap_ptr = signal.reachable(heap_ptr, failed, WORLD)
     signal.leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD)

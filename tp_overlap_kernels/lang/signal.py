@@ -55,8 +55,20 @@ def call_word(epoch, call_hash):
 
 
 @triton.jit
+def reachable(heap_ptr, failed, WORLD: tl.constexpr):
+    """The table of bases to go on with: `heap_ptr`, or, if a wait has failed, what lies W words behind it.
+
+    Every base there is our own. So a kernel that is queued or replayed behind a failure, and one that must not send
+    since its own wait has failed, writes into nobody's memory: a peer that is slow and alive finds no words or data of
+    calls that it has not reached. To be applied twice in a kernel at most: the table has 3 W words.
+    """
+    return heap_ptr + tl.where(failed != 0, WORLD, 0)
+
+
+@triton.jit
 def enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD: tl.constexpr):
-    """Begin the call: its epoch, the same in every CTA. To be called once, first, by every CTA of the grid.
+    """Begin the call: (epoch, the same in every CTA; the table of bases that the call is to use). To be called once,
+    first, by every CTA of the grid.
 
     One CTA also tells every peer which call this is (a header), by weak stores: a waiting peer compares hashes, it
     reads no data by it.
@@ -66,12 +78,13 @@ def enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD: tl.const
     which starts the loads, does not wait.
     """
     epoch = tl.load(control_ptr + EPOCH) + 1
+    heap_ptr = reachable(heap_ptr, tl.load(control_ptr + FAILED), WORLD)
     count_in(control_ptr, epoch)
     if tl.program_id(0) == 0:
         for i in tl.static_range(1, WORLD):
             header = tl.load(heap_ptr + (rank + i) % WORLD) + header_offset + ((epoch & 1) * WORLD + rank) * 8
             tl.store(header.to(tl.pointer_type(tl.int64)), call_word(epoch, call_hash))
-    return epoch
+    return epoch, heap_ptr
 
 
 @triton.jit
@@ -200,7 +213,10 @@ def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
 
 @triton.jit
 def wait_done(heap_ptr, done_offset, timeout_ns, control_ptr, record_ptr, op, rank, WORLD: tl.constexpr):
-    """Wait until every peer has left the last call that ended with `leave`. Usually long true."""
+    """Wait until every peer has left the last call that ended with `leave`. Usually long true.
+
+    If it fails the caller sends nothing any more (`reachable`): a peer may still read what it would overwrite.
+    """
     status = 0
     staged = tl.load(control_ptr + STAGED)
     own = tl.load(heap_ptr + rank) + done_offset

@@ -27,7 +27,8 @@ def counters() -> dict[str, int]:
     """Calls of this process's layers so far, as {"fused": n, "unfused: <reason>": n, ...}.
 
     Layers with nothing to sum (one rank, reduce_results=False) are not counted. A compiled call counts once, when it
-    is traced. Reasons: needs_grad, dtype, not_initialised, device, max_N.
+    is traced. Reasons: needs_grad, dtype, not_initialised, device, max_N; of layers that an adapter looks after also
+    input, weight, quantised, and those of `integrations.adoption`.
     """
     return dict(_counts)
 
@@ -41,7 +42,7 @@ def reset_counters() -> None:
 def fuses(layer: str, group_name: str, rank: int, N: int, dtype: torch.dtype, device: str, needs_grad: bool) -> bool:
     """Whether the call goes to the fused op. Counts it, and warns where it does not."""
     reason = why_not(group_name, N, dtype, device, needs_grad)
-    _note(reason, layer, group_name, rank, N, dtype, device)
+    note(reason, layer, group_name, rank, N, dtype, device)
     return not reason
 
 
@@ -59,7 +60,7 @@ def why_not(group_name: str, N: int, dtype: torch.dtype, device: str, needs_grad
     return "max_N" if N > arena.layout.max_N else ""
 
 
-def _note(reason: str, layer: str, group_name: str, rank: int, N: int, dtype: torch.dtype, device: str) -> None:
+def note(reason: str, layer: str, group_name: str, rank: int, N: int, dtype: torch.dtype, device: str) -> None:
     """Counts a call, and says the reason in full the first time it is met."""
     _counts[f"unfused: {reason}" if reason else "fused"] += 1
     if not reason or reason in _warned:
@@ -67,17 +68,31 @@ def _note(reason: str, layer: str, group_name: str, rank: int, N: int, dtype: to
     _warned.add(reason)
     if rank != 0:
         return
+    text = sentence(reason, group_name, N, dtype, device)
+    log.warning("%s runs unfused: %s Later calls for this reason are only counted.", layer, text)
+
+
+def count_unfused(reason: str) -> None:
+    """Counts a call for a reason that was said before."""
+    _counts[f"unfused: {reason}"] += 1
+
+
+def sentence(reason: str, group_name: str, N: int, dtype: torch.dtype, device: str) -> str:
+    """What stands in the way, and what to do about it."""
     arena = find(group_name)
-    sentence = {
+    return {
         "needs_grad": "a gradient is wanted, and the op has none. Wrap inference in torch.inference_mode().",
         "dtype": f"dtype is {dtype}. The op takes torch.bfloat16 and torch.float16.",
         "not_initialised": f"group {group_name!r} has no arena. Call tp_overlap_kernels.init() on all its ranks.",
         "device": f"its tensors are on {device}, while its group was initialised for {arena and arena.device.type}.",
         "max_N": f"out_features={N} exceeds max_N={arena and arena.layout.max_N}. Give init() a larger max_N.",
+        "input": "its input is not a plain tensor of the weight's dtype.",
+        "weight": "its weight is not a contiguous matrix, this rank's columns: moved, emptied or replaced.",
+        "quantised": "its weight is quantised. The op takes torch.bfloat16 and torch.float16.",
     }[reason]
-    log.warning("%s runs unfused: %s Later calls for this reason are only counted.", layer, sentence)
 
 
 # Runs while tracing and leaves no trace. This is what torch.compiler.assume_constant_result does; calling that here
 # would import the compiler together with this package, which takes 1.6 s.
-_note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+count_unfused._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -40,8 +40,8 @@ SENTINEL_WORD = -0x7FFF8000  # 0x80008000: two negative zeros, which no sender s
 class Arena:
     """One group's memory and state, as this rank sees it.
 
-    heap: int64 [W] on the device, the arena bases of all ranks. control: int64 [64] on the device, local (words in
-    lang.signal).
+    heap: int64 [3 W] on the device, the arena bases of all ranks (`heap_of`). control: int64 [64] on the device, local
+    (words in lang.signal).
     """
 
     group_name: str
@@ -322,7 +322,7 @@ def _furnish(
         device=device,
         layout=plan,
         store=symmetric,
-        heap=torch.tensor(symmetric.bases, dtype=torch.int64, device=device),
+        heap=heap_of(symmetric.bases, rank, device),
         control=_control(symmetric.bases[rank] + plan.header, world_size, device),
         record=Record(device),
         timeout_s=settings().timeout_s,
@@ -379,6 +379,11 @@ def _device_id(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu:{os.getpid()}"  # CPU ranks share no SMs
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def heap_of(bases: list[int], rank: int, device: torch.device) -> torch.Tensor:
+    """The table of bases, and behind it twice our own in the place of each: lang.signal.reachable."""
+    return torch.tensor([*bases, *[bases[rank]] * (2 * len(bases))], dtype=torch.int64, device=device)
 
 
 def _control(headers: int, world_size: int, device: torch.device) -> torch.Tensor:

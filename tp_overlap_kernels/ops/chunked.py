@@ -64,7 +64,7 @@ class _Call:
 
     def notify(self, pad: int, index: int) -> None:
         arena = self.arena
-        launch = _launch(arena, stream_signals.notify_peer, (), num_warps=1)
+        launch = _launch(arena, stream_signals.notify_peer, (), WORLD=2, num_warps=1)
         launch(1, arena.heap, arena.control, pad + 8 * index, self.peer, self.word)
 
     def wait(self, pad: int, index: int) -> None:

@@ -96,6 +96,7 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
         "one_shot": launches.gemm_all_reduce_one_shot,
         "decode": decode.run,
         "two_shot": launches.gemm_all_reduce_two_shot,
+        "sm90": launches.gemm_all_reduce_sm90,
         "chunked": gemm_all_reduce_chunked,
     }[plan.name]
     M, limit = a.shape[0], launches.rows_that_fit(arena, plan, b.shape[0], a.element_size())

@@ -139,6 +139,8 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
         return launches.gemm_reduce_scatter(arena, plan, a, b, bias, out, word)
     if plan.name == "one_shot":
         return launches.gemm_reduce_scatter_one_shot(arena, plan, a, b, bias, out, word)
+    if plan.name == "sm90":
+        return launches.gemm_reduce_scatter_sm90(arena, plan, a, b, bias, out, word)
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)
     else:

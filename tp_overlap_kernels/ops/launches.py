@@ -20,7 +20,7 @@ from ..kernels.reduce_scatter_push import reduce_scatter_push
 from ..lang.launch import Issued, Launch, specialisation
 from ..memory.arena import Arena
 from ..memory.layout import align_up, pitch, rows_per_rank
-from . import decode
+from . import decode, sm90
 from .operands import describe
 
 LINK_BYTES_PER_NS = 350  # what stores of SMs reach, both directions busy, H200
@@ -61,6 +61,8 @@ def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
     elif plan.name in ("two_shot", "push"):
         tiles_down = room.tile_slots // W // -(-N // plan["block_n"])
         rows = min(rows, tiles_down * plan["block_m"] * W)
+    elif plan.name == "sm90":
+        rows = min(rows, sm90.rows_that_fit(arena, plan, N))
     elif plan.name == "unfused_push":
         rows = min(rows, room.tile_slots // W * COPY_BLOCKS[1] // N * W)
     if rows < 1:
@@ -204,6 +206,20 @@ def gemm_reduce_scatter(
     room = arena.layout
     pads = (room.done, room.partial_flags, room.staging, room.staging_slot_bytes)
     return _gemm_staged(arena, plan, gemm_reduce_scatter_push, a, b, bias, out, word, *pads)
+
+
+def gemm_all_reduce_sm90(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+) -> sm90.IssuedSm90 | None:
+    """csrc/kernels/gemm_all_reduce_two_shot_push.cu"""
+    return sm90.run(arena, "gemm_all_reduce", plan, a, b, bias, out, word)
+
+
+def gemm_reduce_scatter_sm90(
+    arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+) -> sm90.IssuedSm90 | None:
+    """csrc/kernels/gemm_reduce_scatter_push.cu"""
+    return sm90.run(arena, "gemm_reduce_scatter", plan, a, b, bias, out, word)
 
 
 def all_reduce_one_shot(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> Issued:

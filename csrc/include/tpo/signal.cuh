@@ -22,6 +22,13 @@ __device__ __forceinline__ void notify(int64_t* slot, int64_t word) {
   asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(slot), "l"(word) : "memory");
 }
 
+// Acquire, system scope: what the rank that raised the slot to this word had stored or seen before is seen after this.
+__device__ __forceinline__ int64_t peek(const int64_t* slot) {
+  int64_t word;
+  asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(slot) : "memory");
+  return word;
+}
+
 __device__ __forceinline__ void notify_relaxed(int64_t* slot, int64_t word) {
   asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(slot), "l"(word) : "memory");
 }
@@ -50,6 +57,13 @@ __device__ __forceinline__ int64_t count_arrival_relaxed(int64_t* counter) {
   return before;
 }
 
+// The same, and whoever is the last to arrive has seen what the others had stored or seen.
+__device__ __forceinline__ int64_t count_arrival(int64_t* counter) {
+  int64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 __device__ __forceinline__ int64_t call_word(int64_t epoch, int64_t call_hash) { return epoch << 16 | call_hash; }
 
 // How long a thread goes on polling. It looks at the clock and at the words that end a wait (one of them in host
@@ -63,6 +77,7 @@ class Patience {
   // To be asked after each poll that found nothing of `peer`: kOk means poll again. Anything else is about the time
   // before now: what a peer sent before it closed may have come, so poll once more before giving up.
   __device__ __forceinline__ Status spent(int peer) { return (++polls_ & 1023) == 512 ? look(peer) : kOk; }
+  __device__ __forceinline__ bool has_looked() const { return (polls_ & 1023) == 512; }
 
  private:
   __device__ __forceinline__ Status look(int peer) {
@@ -106,6 +121,31 @@ __device__ __forceinline__ void report_failure(int64_t* control, int64_t* record
     notify(record + TPO_RECORD_STATE, 2);
   }
   local_poke_relaxed(control + TPO_CONTROL_FAILED, 1);
+}
+
+// Wait until the slot holds the epoch of who.wanted or a later one; acquire, system scope. A status other than kOk has
+// been reported, and what the slot publishes must not be used. header: where the peer tells which call it is in, or null
+// if who.wanted holds no hash; a peer that calls something else would never raise the slot.
+__device__ __forceinline__ Status wait(const int64_t* slot, const int64_t* header, Waiter who, int64_t* control,
+                                       int64_t* record, int64_t timeout_ns) {
+  Patience patience(control, record, timeout_ns);
+  const int64_t epoch = who.wanted >> 16;
+  Status status = kOk;
+  who.seen = peek(slot);
+  while (who.seen >> 16 < epoch && (status = patience.spent(static_cast<int>(who.peer))) == kOk) {
+    if (header != nullptr && patience.has_looked()) {
+      const int64_t theirs = peek_relaxed(header);  // relaxed: it publishes no data
+      if (theirs >> 16 == epoch && theirs != who.wanted) {
+        who.seen = theirs;
+        break;
+      }
+    }
+    who.seen = peek(slot);
+  }
+  if (status != kOk && (who.seen = peek(slot)) >> 16 >= epoch) status = kOk;
+  if (status == kOk && who.seen >> 16 == epoch && who.seen != who.wanted) status = kMismatch;
+  if (status != kOk) report_failure(control, record, status, who);
+  return status;
 }
 
 }  // namespace tpo

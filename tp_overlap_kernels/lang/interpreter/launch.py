@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton
+import triton.compiler.code_generator  # which remembers tl.static_assert: never first while that is patched
 import triton.language as tl
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction

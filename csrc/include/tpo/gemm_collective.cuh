@@ -1,0 +1,445 @@
+// What kernels that sum products over ranks add to gemm_block.cuh: tiles have owners, and a courier carries them.
+//
+//     consumers   products 0 | round to staging | products 1 | ...        | products i | add partials, round to staging
+//     courier                                   carry 0 to its owner, flag | fetch partials of i                  store i
+//                 ---- tiles that peers own, the next rank's first ----     ---- own tiles ----
+//
+// Own tiles come last, or, where the link is the slower part, among the others and so many tiles behind them (Itinerary).
+// Staging holds one tile and is passed to and fro. The courier is one thread of the producer warpgroup: the copy engine
+// tells its stores' end only to the thread that gave them. Consumers never wait for the link, unless it is slower than
+// the products of a whole tile, nor for a flag, unless it is late by as much.
+// A tile travels, and lies in the arena, as it lies in staging: boxes of 64 rows and 64 columns, swizzled, each row of
+// boxes from left to right. Fragments read back from it are those that were written.
+//
+// Staging, barrier by barrier (each wait is for the present phase or the one before, as parities need):
+//   free     courier -> consumers: the tile has been read from staging, the next may be written. One phase a tile.
+//   partial  courier and copy engine -> consumers: one partial lies in staging. The courier fetches it after it has
+//            itself seen the tile before read from there.
+//   taken    consumers -> courier: that partial has been added, and another follows.
+//   staged   consumers -> courier: the tile, or the sum, lies in staging.
+// A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
+// peers fail, too, and at its end it fills all of out with NaN.
+#pragma once
+
+#include "api.h"
+#include "tpo/gemm_tile.cuh"
+#include "tpo/signal.cuh"
+
+namespace tpo {
+
+// Threads of the producer warpgroup; thread 0 loads what is multiplied.
+constexpr int kCourierWarp = 1;
+constexpr int kTransitWarp = 2;
+
+// 128 * 56 + 256 * 224 of 63 Ki: the waits for peers take more than loads do.
+constexpr int kCollectiveProducerRegisters = 56;
+constexpr int kCollectiveConsumerRegisters = 224;
+
+template <int kTileN_, int kStages_, int kTransitBoxes_>
+struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> {
+  using Gemm = GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols>;
+  static constexpr uint32_t kTileBytes = Gemm::kStagingBytes;
+  static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
+  static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
+  static constexpr uint32_t kTransitOffset = (Gemm::kSharedBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
+  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (7 + kTransitBoxes) * 8;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+template <typename Shape>
+struct CollectiveMemory : BlockMemory<Shape> {
+  using BlockMemory<Shape>::BlockMemory;
+
+  __device__ uint32_t transit(uint32_t box) const { return this->base + Shape::kTransitOffset + box * kChunkBytes; }
+  __device__ uint32_t staged() const { return word(0); }
+  __device__ uint32_t free() const { return word(1); }
+  __device__ uint32_t partial() const { return word(2); }
+  __device__ uint32_t taken() const { return word(3); }
+  __device__ uint32_t begun() const { return word(4); }  // ends its only phase when the next two words are right
+  __device__ uint32_t epoch() const { return word(5); }
+  __device__ uint32_t failed() const { return word(6); }
+  __device__ uint32_t landed(uint32_t box) const { return word(7 + box); }
+
+ private:
+  __device__ uint32_t word(uint32_t index) const { return this->base + Shape::kWordsOffset + index * 8; }
+};
+
+// By one thread, with init_barriers.
+template <typename Shape>
+__device__ __forceinline__ void init_collective_barriers(const CollectiveMemory<Shape>& memory) {
+  constexpr int kConsumerWarps = kConsumers * (kWarpgroupThreads / 32);
+  barrier_init(memory.staged(), kConsumerWarps);
+  barrier_init(memory.free(), 1);
+  barrier_init(memory.partial(), 1);
+  barrier_init(memory.taken(), kConsumerWarps);
+  barrier_init(memory.begun(), 1);
+  for (int box = 0; box < Shape::kTransitBoxes; ++box) barrier_init(memory.landed(box), 1);
+  put_shared(memory.failed(), 0);
+  publish_barrier_inits();
+}
+
+// ---- who owns what -------------------------------------------------------------------------------------------------
+
+// A tile that a block computes. Tiles are numbered within their owner, and blocks of a cluster have neighbouring numbers.
+struct Work {
+  int owner;
+  int tile;     // 0 .. tiles_per_owner * kCluster - 1
+  Tile in_sum;  // where it lies in the owner's out
+  int row_a;    // its first row in a
+};
+
+// Rank r owns the rows [r * rows_per_owner, (r + 1) * rows_per_owner) of M. An owner without rows has its first tile all
+// the same, of zeros that nobody stores: every rank hears from every peer in every call, on which other kernels rely.
+struct RowOwners {
+  TileGrid grid;  // of one owner
+  int M, rows_per_owner;
+
+  __host__ __device__ int tiles_per_owner() const { return grid.tiles(); }
+
+  template <typename Shape>
+  __device__ __forceinline__ bool find(int owner, int number, uint32_t rank_in_cluster, Work* work) const {
+    const int first_row = owner * rows_per_owner;
+    const Tile first = tile_of<Shape>(grid, number, 0);
+    work->owner = owner;
+    work->tile = number * Shape::kCluster + static_cast<int>(rank_in_cluster);
+    work->in_sum = Tile{first.row + static_cast<int>(rank_in_cluster) * Shape::kTileM, first.col};
+    work->row_a = first_row + work->in_sum.row;
+    return number == 0 || first.row < rows_of(owner);  // equal in the blocks of a cluster
+  }
+
+  __host__ __device__ int rows_of(int owner) const {
+    const int rows = M - owner * rows_per_owner;
+    return rows < 0 ? 0 : rows < rows_per_owner ? rows : rows_per_owner;
+  }
+};
+
+// The tiles of the whole product are dealt out in runs of the order in which they are walked. Rank 0 has one at least: each
+// rank gets its sum, which rank 0 has sent after it has heard from every other.
+struct TileOwners {
+  TileGrid grid;
+  int run;
+
+  __host__ __device__ int tiles_per_owner() const { return run; }
+
+  template <typename Shape>
+  __device__ __forceinline__ bool find(int owner, int number, uint32_t rank_in_cluster, Work* work) const {
+    const int tile_id = owner * run + number;
+    if (tile_id >= grid.tiles()) return false;
+    work->owner = owner;
+    work->tile = number * Shape::kCluster + static_cast<int>(rank_in_cluster);
+    work->in_sum = tile_of<Shape>(grid, tile_id, rank_in_cluster);
+    work->row_a = work->in_sum.row;
+    return true;
+  }
+};
+
+// What is computed in a step: which tile (`number`) of the rank that comes how many after ours (returned; world_size:
+// ourselves). run: tiles of an owner.
+// lead = 0: all tiles of the next rank, then of the one after it, ..., our own last.
+// Else so many of each peer's, then in turn one of each peer's and one of our own, then what is left of our own: pushes are
+// spread over the whole call, and with W = 2 and an even number of clusters half of the blocks push while the others add.
+// Either way our own tile n stands behind the tile n that any peer computes for us, in steps that all ranks count alike.
+__host__ __device__ __forceinline__ int turn_of(int step, int run, int world_size, int lead, int* number) {
+  const int peers = world_size - 1;
+  if (lead == 0 || lead >= run) {
+    *number = step % run;
+    return 1 + step / run;
+  }
+  if (step < lead * peers) {
+    *number = step / peers;
+    return 1 + step % peers;
+  }
+  step -= lead * peers;
+  const int rounds = run - lead;
+  if (step >= rounds * world_size) {
+    *number = step - rounds * peers;
+    return world_size;
+  }
+  const int turn = 1 + step % world_size;
+  *number = step / world_size + (turn == world_size ? 0 : lead);
+  return turn;
+}
+
+// The tiles of a block, in the same order for each of its roles.
+template <typename Shape, typename Owners>
+class Itinerary {
+ public:
+  __device__ Itinerary(const Owners& owners, const TpoGemmCollectiveArgs& args, uint32_t rank_in_cluster)
+      : owners_(owners), args_(args), rank_in_cluster_(rank_in_cluster), step_(blockIdx.x / Shape::kCluster) {}
+
+  __device__ __forceinline__ bool next(Work* work) {
+    bool found = false;
+    const int run = owners_.tiles_per_owner();
+    while (!found && step_ < args_.world_size * run) {
+      int number;
+      const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, &number);
+      found = owners_.template find<Shape>((args_.rank + turn) % args_.world_size, number, rank_in_cluster_, work);
+      step_ += gridDim.x / Shape::kCluster;
+    }
+    return found;
+  }
+
+ private:
+  const Owners& owners_;
+  const TpoGemmCollectiveArgs& args_;
+  uint32_t rank_in_cluster_;
+  int step_;
+};
+
+// ---- addresses in the arena -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ char* arena_of(const TpoGemmCollectiveArgs& args, int rank) {
+  return reinterpret_cast<char*>(__ldg(args.base_table + rank));
+}
+
+__device__ __forceinline__ int64_t* word_at(const TpoGemmCollectiveArgs& args, int rank, int64_t offset,
+                                            int64_t index) {
+  return reinterpret_cast<int64_t*>(arena_of(args, rank) + offset) + index;
+}
+
+// Among the world_size - 1 places that `at` keeps for its peers, in rank order: that of `rank`.
+__device__ __forceinline__ int place_at(int at, int rank) { return rank - (rank > at); }
+
+template <typename Shape>
+__device__ __forceinline__ char* staged_partial(const TpoGemmCollectiveArgs& args, int source, int owner, int tile) {
+  return arena_of(args, owner) + args.staging_offset + place_at(owner, source) * args.staging_slot_bytes +
+         int64_t{Shape::kTileBytes} * tile;
+}
+
+__device__ __forceinline__ int64_t* partial_flag(const TpoGemmCollectiveArgs& args, int source, int owner, int tile) {
+  return word_at(args, owner, args.partial_flags_offset, int64_t{tile} * args.world_size + source);
+}
+
+__device__ __forceinline__ int64_t* header_of(const TpoGemmCollectiveArgs& args, int at, int source, int64_t epoch) {
+  return word_at(args, at, args.header_offset, (epoch & 1) * args.world_size + source);
+}
+
+// ---- phases of the courier ------------------------------------------------------------------------------------------
+
+template <typename Shape>
+struct Courier {
+  const TpoGemmCollectiveArgs& args;
+  const CollectiveMemory<Shape>& memory;
+  int op;  // in the record
+  int64_t word;
+  bool failed;
+  bool failed_before;  // the group had: every block knows that by itself
+  uint32_t staged_parity = 0;
+  uint32_t taken_parity = 0;
+
+  // Begin the call: the epoch, the same in every block. The last block to read it advances it for the next call; the
+  // count orders each read before that. Block 0 tells every peer which call this is.
+  __device__ Courier(const TpoGemmCollectiveArgs& args, const CollectiveMemory<Shape>& memory, int op)
+      : args(args), memory(memory), op(op) {
+    const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH) + 1;
+    failed = failed_before = local_peek_relaxed(args.control + TPO_CONTROL_FAILED) != 0;
+    word = call_word(epoch, args.call_hash);
+    put_shared(memory.epoch(), epoch);
+    put_shared(memory.failed(), failed);
+    barrier_arrive(memory.begun());
+    if (count_arrival(args.control + TPO_CONTROL_ARRIVED) == gridDim.x - 1) {
+      local_poke_relaxed(args.control + TPO_CONTROL_ARRIVED, 0);
+      local_poke_relaxed(args.control + TPO_CONTROL_EPOCH, epoch);
+    }
+    if (blockIdx.x == 0 && !failed) {
+      for (int turn = 1; turn < args.world_size; ++turn) {
+        const int peer = (args.rank + turn) % args.world_size;
+        notify_relaxed(header_of(args, peer, args.rank, epoch), word);  // relaxed: it publishes no data
+      }
+    }
+  }
+
+  // Each peer has left the last call that ended with `leave`: before anything is pushed.
+  __device__ __forceinline__ void await_done() {
+    const int64_t staged = local_peek_relaxed(args.control + TPO_CONTROL_STAGED);
+    for (int turn = 1; turn < args.world_size && !failed; ++turn) {
+      const int peer = (args.rank + turn) % args.world_size;
+      const Waiter who{op, args.rank, peer, 0, call_word(staged, 0), 0};
+      const int64_t* slot = word_at(args, args.rank, args.done_offset, peer);
+      failed = wait(slot, nullptr, who, args.control, args.record, args.timeout_ns) != kOk;
+    }
+  }
+
+  // To staging, which is free: the partial of an own tile that has this place in rank order.
+  __device__ __forceinline__ void fetch_partial(int tile, int place) {
+    const int peer = place + (place >= args.rank);
+    if (!failed) {
+      const Waiter who{op, args.rank, peer, tile, word, 0};
+      const int64_t* header = header_of(args, args.rank, peer, word >> 16);
+      const int64_t* flag = partial_flag(args, peer, args.rank, tile);
+      failed = wait(flag, header, who, args.control, args.record, args.timeout_ns) != kOk;
+    }
+    if (failed) {
+      put_shared(memory.failed(), 1);
+      barrier_arrive(memory.partial());
+    } else {
+      order_with_tma();
+      barrier_arrive_expecting(memory.partial(), Shape::kTileBytes);
+      load_bytes(memory.staging(0), staged_partial<Shape>(args, peer, args.rank, tile), Shape::kTileBytes,
+                 memory.partial());
+    }
+  }
+
+  // All partials but the first, each when the one before has been added.
+  __device__ __forceinline__ void fetch_other_partials(int tile) {
+    for (int place = 1; place < args.world_size - 1; ++place) {
+      barrier_wait(memory.taken(), taken_parity);
+      taken_parity ^= 1;
+      fetch_partial(tile, place);
+    }
+  }
+
+  __device__ __forceinline__ void await_staged() {
+    barrier_wait(memory.staged(), staged_parity);
+    staged_parity ^= 1;
+  }
+
+  // The stores so far are a group; when they have been read, staging may be written again.
+  __device__ __forceinline__ void free_staging() {
+    end_store_group();
+    wait_stores_read<0>();
+    barrier_arrive(memory.free());
+  }
+
+  // A peer's tile to its owner. Staging is free as soon as it has been read; the flag waits until it has been written.
+  __device__ __forceinline__ void push_partial(const Work& work) {
+    if (!failed) {
+      store_bytes(staged_partial<Shape>(args, args.rank, work.owner, work.tile), memory.staging(0), Shape::kTileBytes);
+    }
+    free_staging();
+    if (!failed) {
+      wait_stores_written();
+      order_with_tma();
+      notify(partial_flag(args, args.rank, work.owner, work.tile), word);
+    }
+  }
+
+  // The sum of an own tile to out.
+  __device__ __forceinline__ void store_sum(const CUtensorMap* out, const Work& work) {
+#pragma unroll
+    for (int box = 0; box < Shape::kTileBoxes; ++box) {
+      store_box(out, work.in_sum.row + box / Shape::kTileChunks * kRowsOfWarpgroup,
+                work.in_sum.col + box % Shape::kTileChunks * kBoxCols, memory.staging(0) + box * kChunkBytes);
+    }
+  }
+
+  // End a call that gives peers no other sign that its loads of staging are over: the last block raises `done`. From a
+  // failed wait on nothing is written into a peer's memory, this word neither.
+  __device__ __forceinline__ void leave() {
+    if (count_arrival(args.control + TPO_CONTROL_LEFT) != gridDim.x - 1) return;
+    local_poke_relaxed(args.control + TPO_CONTROL_LEFT, 0);
+    local_poke_relaxed(args.control + TPO_CONTROL_STAGED, word >> 16);
+    for (int turn = 1; turn < args.world_size && !failed; ++turn) {
+      const int peer = (args.rank + turn) % args.world_size;
+      notify(word_at(args, peer, args.done_offset, args.rank), call_word(word >> 16, 0));
+    }
+  }
+};
+
+// By a warp of which a wait has failed in this call: all of out is NaN. Other blocks may have stored sums, or be about to,
+// of what came in time: hence the delay.
+__device__ __forceinline__ void spoil(const TpoGemmArgs& gemm, int rows) {
+  for (int i = 0; i < 2000; ++i) __nanosleep(1000);
+  auto* row = static_cast<uint16_t*>(gemm.out);
+  for (int i = 0; i < rows; ++i, row += gemm.out_stride) {
+    for (int col = threadIdx.x % 32 * kVecElems; col < gemm.N; col += 32 * kVecElems) put(row + col, splat(kNan));
+  }
+}
+
+// ---- phases of a consumer warpgroup after its products ---------------------------------------------------------------
+
+template <typename Element, typename Shape>
+struct Epilogue {
+  const CollectiveMemory<Shape>& memory;
+  uint32_t staging;          // of this warpgroup
+  uint32_t free_parity = 1;  // nothing has been staged yet
+  uint32_t partial_parity = 0;
+
+  __device__ Epilogue(const CollectiveMemory<Shape>& memory, int consumer)
+      : memory(memory), staging(memory.staging(consumer)) {}
+
+  // All lanes of the warp have come here.
+  __device__ __forceinline__ void arrive(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ void await_free() {
+    barrier_wait(memory.free(), free_parity);
+    free_parity ^= 1;
+  }
+
+  __device__ __forceinline__ void hand_over(const float (&sum)[Shape::kFragment]) {
+#pragma unroll
+    for (int chunk = 0; chunk < Shape::kTileChunks; ++chunk) {
+      stage_chunk<Element>(sum, chunk, staging + chunk * kChunkBytes);
+    }
+    publish_to_tma();
+    arrive(memory.staged());
+  }
+
+  // The peers' partials, in rank order, to our own product. NaN if one has not come.
+  __device__ __forceinline__ void add_partials(float (&sum)[Shape::kFragment], int world_size) {
+    bool failed = false;
+    for (int place = 0; place < world_size - 1; ++place) {
+      barrier_wait(memory.partial(), partial_parity);
+      partial_parity ^= 1;
+      failed = get_shared(memory.failed()) != 0;
+      if (!failed) {
+#pragma unroll
+        for (int chunk = 0; chunk < Shape::kTileChunks; ++chunk) {
+          add_chunk<Element>(sum, chunk, staging + chunk * kChunkBytes);
+        }
+      }
+      if (place < world_size - 2) arrive(memory.taken());
+    }
+    if (failed) {
+#pragma unroll
+      for (int i = 0; i < Shape::kFragment; ++i) sum[i] = __int_as_float(0x7fffffff);
+    }
+  }
+};
+
+// ---- the consumers and the producer of a block, alike in all such kernels ----------------------------------------------
+
+// Of the kernel parameters.
+template <typename Owners>
+struct CollectiveParams {
+  TpoGemmCollectiveArgs args;
+  CUtensorMap a, b, out;  // boxes: kTileM rows, kRowsOfBLoaded rows, 64 rows
+  Owners owners;
+  int k_blocks;  // of 64 elements, the last one may be partial
+};
+
+template <typename Shape, typename Owners>
+__device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& params,
+                                           const CollectiveMemory<Shape>& memory, uint32_t rank_in_cluster) {
+  RingPosition<Shape::kStages> ring;
+  Itinerary<Shape, Owners> itinerary(params.owners, params.args, rank_in_cluster);
+  for (Work work; itinerary.next(&work);) {
+    load_tile<Shape>(memory, ring, &params.a, &params.b, work.row_a, work.in_sum.col, params.k_blocks, rank_in_cluster);
+  }
+}
+
+template <typename Element, typename Shape, typename Owners>
+__device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& params,
+                                              const CollectiveMemory<Shape>& memory, int number,
+                                              uint32_t rank_in_cluster) {
+  const TpoGemmCollectiveArgs& args = params.args;
+  Consumer<Shape> consumer(number, params.k_blocks);
+  Epilogue<Element, Shape> epilogue(memory, number);
+  Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
+  for (Work work; itinerary.next(&work);) {
+    float sum[Shape::kFragment];
+    multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
+    epilogue.await_free();  // an own tile's partial has then been fetched: only the phase is counted
+    if (work.owner == args.rank) {
+      epilogue.add_partials(sum, args.world_size);
+      if (args.gemm.bias) add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
+    }
+    epilogue.hand_over(sum);
+  }
+}
+
+}  // namespace tpo

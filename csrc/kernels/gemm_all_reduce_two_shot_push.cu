@@ -1,0 +1,288 @@
+// Two-shot GEMM + all-reduce, push: the owner of a tile sums its partials and pushes the sum to everyone. For Hopper.
+//
+//     out[M, N] = sum over r of  a_r[M, K] @ b_r[N, K].T  (+ bias[N])     on every rank
+//
+// a, b, out: as in gemm.cu. Any M; N a multiple of 8, by the strides.
+// Rounding: f32 over K; a partial that travels is rounded once to the wire dtype, the owner's own stays in f32; added in
+//   the order own, then ranks 0..W-1; bias; one last rounding. The owner alone adds and everyone gets its bits: they are
+//   equal on all ranks.
+// Bytes: a rank sends 2 (W-1)/W * M*N*itemsize, partials to their owners and sums to all; tiles at the edges whole.
+//
+//     rank 0 (owns the first tiles)                      rank 1 (owns the others)                          time
+//     1. products of a peer's tile, round to staging     products of a peer's tile, round to staging        |
+//        courier: push, notify -------------------. .------------------- courier: push, notify              v
+//     2. products of an own tile                   X     products of an own tile
+//        courier: wait, fetch <-------------------' '-------------------> courier: wait, fetch
+//        add, round to staging                           add, round to staging
+//        courier: store, push the sum, notify ----. .---- courier: store, push the sum, notify
+//     3. collector: wait <-------------------------X-------------------------> collector: wait
+//        through shared memory to out                    through shared memory to out
+//
+// The collector is a warp beside the others: it takes sums out of the arena as they come, while the products go on.
+// Of stages and staging within a block: gemm_block.cuh, gemm_collective.cuh.
+// Fresh (no one reads too early). The courier's bulk stores of a tile have been written, and are seen by it, before it
+//   raises the tile's flag, release, system scope; the reader acquires the flag and only then has the copy engine load.
+//   Slots hold the epoch, so an older call's arrival does not pass.
+// Reuse (no one overwrites too early). Staging: we leave a call only after every owner's sums have come, which it sends
+//   after it has read our partials; a call of another kind sends `done`, for which the first push waits. Result: an owner
+//   pushes a sum only after our partial of that tile has come, hence after we have left the call before.
+// Live (no one waits for ever). The grid is no larger than what is resident at a time, and each block walks its tiles in
+//   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
+//   of step 1 that stand before them in that order on every rank, and the collector, whom nobody waits for, for tiles of
+//   step 2. A courier raises the flag of a partial before it waits for another. So one cluster of blocks is enough.
+#include <cuda_runtime.h>
+
+#include "api.h"
+#include "tpo/gemm_collective_launch.cuh"
+
+namespace tpo {
+namespace {
+
+constexpr int kOpAllReduce = 1;  // gemm_all_reduce, in the record
+
+using Params = CollectiveParams<TileOwners>;
+
+template <typename Shape>
+__device__ __forceinline__ int tiles_of_owner(const Params& params) {
+  return params.owners.tiles_per_owner() * Shape::kCluster;
+}
+
+// The sum of an owner's tile, on its way to out at rank `at`.
+template <typename Shape>
+__device__ __forceinline__ char* result_of(const Params& params, int at, int owner, int tile) {
+  return arena_of(params.args, at) + params.args.result_offset +
+         int64_t{Shape::kTileBytes} * (place_at(at, owner) * tiles_of_owner<Shape>(params) + tile);
+}
+
+template <typename Shape>
+__device__ __forceinline__ int64_t* result_flag(const Params& params, int at, int owner, int tile) {
+  return word_at(params.args, at, params.args.result_flags_offset, owner * tiles_of_owner<Shape>(params) + tile);
+}
+
+// ---- the courier ----------------------------------------------------------------------------------------------------
+
+template <typename Shape>
+__device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& params, const Work& work) {
+  const TpoGemmCollectiveArgs& args = params.args;
+  for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
+    const int peer = (args.rank + turn) % args.world_size;
+    store_bytes(result_of<Shape>(params, peer, args.rank, work.tile), courier.memory.staging(0), Shape::kTileBytes);
+  }
+  courier.store_sum(&params.out, work);
+  courier.free_staging();
+}
+
+template <typename Shape>
+__device__ __forceinline__ void publish_sum(const Courier<Shape>& courier, const Params& params, int tile) {
+  const TpoGemmCollectiveArgs& args = params.args;
+  wait_stores_written();
+  order_with_tma();
+  for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
+    const int peer = (args.rank + turn) % args.world_size;
+    notify(result_flag<Shape>(params, peer, args.rank, tile), courier.word);
+  }
+}
+
+// By one thread. Returns whether a wait has failed in this call.
+template <typename Shape>
+__device__ __forceinline__ bool carry_tiles(const Params& params, const CollectiveMemory<Shape>& memory,
+                                            uint32_t rank_in_cluster) {
+  const TpoGemmCollectiveArgs& args = params.args;
+  Courier<Shape> courier(args, memory, kOpAllReduce);
+  courier.await_done();
+  Itinerary<Shape, TileOwners> itinerary(params.owners, args, rank_in_cluster);
+  Work work;
+  bool found = itinerary.next(&work), fetched = false;
+  while (found) {
+    if (work.owner != args.rank) {
+      courier.await_staged();
+      courier.push_partial(work);
+      found = itinerary.next(&work);
+      continue;
+    }
+    if (!fetched) courier.fetch_partial(work.tile, 0);
+    courier.fetch_other_partials(work.tile);
+    courier.await_staged();
+    push_sum(courier, params, work);
+    // The next partial is fetched before the flags are raised, which a busy link delays by as much as a tile takes.
+    // Nobody whom we wait for there waits for these flags. (For those of partials the same would be a deadlock.)
+    const int tile = work.tile;
+    found = itinerary.next(&work);
+    fetched = found && work.owner == args.rank;
+    if (fetched) courier.fetch_partial(work.tile, 0);
+    publish_sum(courier, params, tile);
+  }
+  return courier.failed && !courier.failed_before;
+}
+
+// ---- the collector, a warp ------------------------------------------------------------------------------------------
+
+template <typename Shape>
+struct Collector {
+  const Params& params;
+  const CollectiveMemory<Shape>& memory;
+  RingPosition<Shape::kTransitBoxes> coming, going;
+
+  __device__ __forceinline__ bool is_inside(const Tile& tile, int box) const {
+    return row_of(tile, box) < params.args.gemm.M && col_of(tile, box) < params.args.gemm.N;
+  }
+  __device__ __forceinline__ int row_of(const Tile& tile, int box) const {
+    return tile.row + box / Shape::kTileChunks * kRowsOfWarpgroup;
+  }
+  __device__ __forceinline__ int col_of(const Tile& tile, int box) const {
+    return tile.col + box % Shape::kTileChunks * kBoxCols;
+  }
+
+  // By one lane. A box comes while the one before goes. What has gone before has been read: see the end.
+  __device__ __forceinline__ void copy(const char* from, const Tile& tile) {
+    order_with_tma();
+    int going_box = -1;  // that is on its way here
+    for (int box = 0; box < Shape::kTileBoxes; ++box) {
+      if (!is_inside(tile, box)) continue;
+      barrier_arrive_expecting(memory.landed(coming.slot), kChunkBytes);
+      load_bytes(memory.transit(coming.slot), from + box * kChunkBytes, kChunkBytes, memory.landed(coming.slot));
+      coming.advance();
+      if (going_box >= 0) send_on(tile, going_box);
+      going_box = box;
+    }
+    if (going_box >= 0) send_on(tile, going_box);
+  }
+
+  // The next load goes into the box of the store before this one, with two boxes: it must have been read by then.
+  __device__ __forceinline__ void send_on(const Tile& tile, int box) {
+    barrier_wait(memory.landed(going.slot), going.parity);
+    store_box(&params.out, row_of(tile, box), col_of(tile, box), memory.transit(going.slot));
+    end_store_group();
+    wait_stores_read<0>();
+    going.advance();
+  }
+
+  // By all lanes: NaN in place of a sum that has not come.
+  __device__ __forceinline__ void give_up(const Tile& tile) {
+    static_assert(Shape::kTransitBoxes == 2);
+    const uint32_t lane = threadIdx.x % 32;
+    constexpr int64_t kNans = 0x7fff7fff7fff7fff;
+    for (uint32_t offset = 8 * lane; offset < kChunkBytes; offset += 8 * 32)
+      put_shared(memory.transit(0) + offset, kNans);
+    publish_to_tma();
+    __syncwarp();
+    if (lane == 0) {
+      for (int box = 0; box < Shape::kTileBoxes; ++box) {
+        if (is_inside(tile, box)) store_box(&params.out, row_of(tile, box), col_of(tile, box), memory.transit(0));
+      }
+      end_store_group();
+      wait_stores_read<0>();
+    }
+    __syncwarp();
+  }
+};
+
+// The sums of the other owners, from the arena to out, in the order in which they are computed. Returns whether a wait has
+// failed in this call.
+template <typename Shape>
+__device__ __forceinline__ bool collect_tiles(const Params& params, const CollectiveMemory<Shape>& memory) {
+  const TpoGemmCollectiveArgs& args = params.args;
+  barrier_wait(memory.begun(), 0);
+  const int64_t word = call_word(get_shared(memory.epoch()), args.call_hash);
+  const int failed_before = get_shared(memory.failed()) != 0;
+  int failed = failed_before;
+  Collector<Shape> collector{params, memory, {}, {}};
+  const int peers = args.world_size - 1;
+  const int total = peers * tiles_of_owner<Shape>(params);
+  // The blocks that have one tile fewer to compute begin.
+  for (int i = gridDim.x - 1 - blockIdx.x; i < total; i += gridDim.x) {
+    const int peer = (args.rank + 1 + i % peers) % args.world_size;
+    const int tile = i / peers;
+    Work work;
+    if (!params.owners.find<Shape>(peer, tile / Shape::kCluster, tile % Shape::kCluster, &work)) continue;
+    if (threadIdx.x % 32 == 0 && !failed) {
+      const Waiter who{kOpAllReduce, args.rank, peer, peer * tiles_of_owner<Shape>(params) + tile, word, 0};
+      const int64_t* header = header_of(args, args.rank, peer, word >> 16);
+      failed = wait(result_flag<Shape>(params, args.rank, peer, tile), header, who, args.control, args.record,
+                    args.timeout_ns) != kOk;
+      if (!failed) collector.copy(result_of<Shape>(params, args.rank, peer, tile), work.in_sum);
+    }
+    failed = __shfl_sync(0xffffffffu, failed, 0);
+    if (failed) collector.give_up(work.in_sum);
+  }
+  return failed && !failed_before;
+}
+
+// ---- the kernel -------------------------------------------------------------------------------------------------------
+
+template <typename Element, typename Shape>
+__global__ void __launch_bounds__(kGemmThreads, 1)
+    gemm_all_reduce_two_shot_push(const __grid_constant__ Params params) {
+  extern __shared__ uint8_t window[];
+  const CollectiveMemory<Shape> memory(window);
+  const uint32_t rank_in_cluster = cluster_rank();
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);  // uniform, and known to be
+  if (threadIdx.x == 0) {
+    prefetch_map(&params.a);
+    prefetch_map(&params.b);
+    prefetch_map(&params.out);
+    init_barriers<Shape>(memory);
+    init_collective_barriers(memory);
+  }
+  __syncwarp();
+  cluster_barrier_relaxed();  // the barriers' inits have been published
+
+  if (warpgroup == 0) {
+    give_registers<kCollectiveProducerRegisters>();
+    if (threadIdx.x == 0) load_tiles(params, memory, rank_in_cluster);
+    bool failed = false;
+    if (threadIdx.x / 32 == kCourierWarp)
+      failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
+    if (threadIdx.x / 32 == kTransitWarp) failed = collect_tiles(params, memory);
+    if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.args.gemm.M);
+  } else {
+    take_registers<kCollectiveConsumerRegisters>();
+    compute_tiles<Element>(params, memory, warpgroup - 1, rank_in_cluster);
+  }
+  // relaxed: nothing is read any more; but a block that has ended could not be told of released stages
+  __syncwarp();
+  cluster_barrier_relaxed();
+}
+
+// ---- the launcher -------------------------------------------------------------------------------------------------------
+
+template <typename Element, typename Shape>
+cudaError_t launch(const TpoGemmCollectiveArgs& args, cudaStream_t stream) {
+  Params params;
+  params.args = args;
+  params.owners.grid = grid_of<Shape>(args.gemm.M, args.gemm.N, args.gemm.group_rows);
+  params.owners.run = divide_up(params.owners.grid.tiles(), args.world_size);
+  const int64_t results = int64_t{args.world_size - 1} * params.owners.run * Shape::kCluster;
+  if (!has_room<Shape>(args, params.owners.run) || results * Shape::kTileBytes > args.result_bytes) {
+    return cudaErrorInvalidValue;
+  }
+  return launch_collective<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>, &params, args.gemm.M, stream);
+}
+
+template <typename Element, typename Shape>
+cudaError_t prepare() {
+  return allow_shared<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>);
+}
+
+template <typename Shape>
+constexpr CollectiveVariant variant() {
+  return CollectiveVariant{{launch<Bf16, Shape>, launch<Fp16, Shape>}, {prepare<Bf16, Shape>, prepare<Fp16, Shape>}};
+}
+
+// By TpoGemmSchedule. Columns, stages, boxes in transit.
+constexpr CollectiveVariant kVariants[] = {
+    variant<CollectiveShape<256, 3, 2>>(), {}, variant<CollectiveShape<128, 5, 2>>()};
+constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
+
+}  // namespace
+}  // namespace tpo
+
+#pragma GCC visibility push(default)
+
+extern "C" int tpo_gemm_all_reduce(const TpoGemmCollectiveArgs* args, void* cuda_stream) {
+  return tpo::launch_variant(tpo::kVariants, tpo::kVariantCount, *args, cuda_stream);
+}
+
+extern "C" int tpo_gemm_all_reduce_prepare(void) { return tpo::prepare_variants(tpo::kVariants, tpo::kVariantCount); }
+
+#pragma GCC visibility pop

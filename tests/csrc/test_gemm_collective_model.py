@@ -1,0 +1,336 @@
+"""The protocol of csrc/include/tpo/gemm_collective.cuh as processes that run at random speeds, with no GPU.
+
+Each block has its consumers, its courier and, for an all-reduce, its collector, as the kernels have them. What the
+copy engine is asked to do happens later: it reads its source some time after it was told, and what it writes is seen
+some time after that. Every tile says what it is, so that whoever takes another one for it is found out. Planted errors
+must be, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import random
+import shutil
+import subprocess
+
+import pytest
+
+CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+needs_nvcc = pytest.mark.skipif(not pathlib.Path(NVCC).exists(), reason="needs nvcc")
+
+STEPS = 400_000  # of the scheduler, far more than any run takes
+
+
+class Wrong(Exception):
+    """Somebody read what was not there yet, or no longer; or nobody can go on."""
+
+
+@dataclasses.dataclass
+class Rank:
+    """Words and memory of one rank's arena, and its control words."""
+
+    partial_flags: dict = dataclasses.field(default_factory=dict)  # (tile, source) -> epoch
+    result_flags: dict = dataclasses.field(default_factory=dict)  # (owner, tile) -> epoch
+    done: dict = dataclasses.field(default_factory=dict)  # source -> epoch
+    staging: dict = dataclasses.field(default_factory=dict)  # (source, tile) -> what
+    result: dict = dataclasses.field(default_factory=dict)  # (owner, tile) -> what
+    epoch: int = 0
+    staged: int = 0
+    left: int = 0
+
+
+class Machine:
+    """All ranks, the copies in flight, and who does what next."""
+
+    def __init__(self, world: int, seed: int, error: str = ""):
+        self.world, self.error = world, error
+        self.random = random.Random(seed)
+        self.ranks = [Rank() for _ in range(world)]
+        self.copies: list = []  # generators: read, then write
+
+    def copy(self, read, write, group: list) -> None:
+        """Ask the copy engine. group: what has been asked and is not yet [read, written]."""
+        state = [False, False]
+        group.append(state)
+
+        def later():
+            yield
+            value = read()
+            state[0] = True
+            yield
+            write(value)
+            state[1] = True
+
+        self.copies.append(later())
+
+    def run(self, processes: list) -> None:
+        """Until all have ended. A process yields what it waits for (a function), or None."""
+        waiting: dict = {process: None for process in processes}
+        for _ in range(STEPS):
+            if not waiting:
+                return
+            ready = [process for process, until in waiting.items() if until is None or until()]
+            if self.copies and (not ready or self.random.random() < 0.3):
+                copy = self.random.choice(self.copies)
+                if next(copy, self) is self:
+                    self.copies.remove(copy)
+            elif ready:
+                process = self.random.choice(ready)
+                for _ in range(self.random.choice((1, 1, 3, 20))):
+                    waiting[process] = next(process, self)
+                    if waiting[process] is self:
+                        del waiting[process]
+                        break
+                    if waiting[process] is not None and not waiting[process]():
+                        break
+            elif not self.copies:
+                raise Wrong("nobody can go on")
+        raise Wrong("too many steps")
+
+
+def turn_of(step: int, run: int, world: int, lead: int) -> tuple[int, int]:
+    """The function of that name."""
+    peers = world - 1
+    if lead == 0 or lead >= run:
+        return 1 + step // run, step % run
+    order = [(turn, number) for number in range(lead) for turn in range(1, world)]
+    for number in range(run - lead):
+        order += [(turn, lead + number) for turn in range(1, world)] + [(world, number)]
+    assert len(order) == lead * peers + (run - lead) * world
+    order += [(world, number) for number in range(run - lead, run)]
+    return order[step]
+
+
+class Block:
+    """One block of one call. tiles: of each owner. Barriers are counts of ended phases."""
+
+    def __init__(self, machine: Machine, rank: int, op: str, tiles: int, lead: int, index: int, blocks: int):
+        self.machine, self.rank, self.op, self.tiles, self.lead = machine, rank, op, tiles, lead
+        self.index, self.blocks, self.world = index, blocks, machine.world
+        self.me = machine.ranks[rank]
+        self.epoch = self.me.epoch + 1
+        self.staging = None  # shared memory
+        self.staged = self.free = self.partial = self.taken = 0
+        self.group: list = []  # of the courier's stores
+
+    def itinerary(self):
+        for step in range(self.index, self.world * self.tiles, self.blocks):
+            turn, tile = turn_of(step, self.tiles, self.world, self.lead)
+            yield (self.rank + turn) % self.world, tile
+
+    def peers(self):
+        return [(self.rank + turn) % self.world for turn in range(1, self.world)]
+
+    def what(self, kind: str, source: int, owner: int, tile: int) -> tuple:
+        return kind, self.epoch, source, owner, tile
+
+    # -- consumers
+
+    def compute(self):
+        free = partial = 0
+        for owner, tile in self.itinerary():
+            yield None  # products
+            if self.machine.error != "staging not waited for":
+                yield lambda: self.free >= free  # noqa: B023  evaluated before the next turn of the loop
+            free += 1
+            if owner != self.rank:
+                self.staging = self.what("partial", self.rank, owner, tile)
+            else:
+                others = [source for source in range(self.world) if source != self.rank]
+                for place, source in enumerate(others):
+                    partial += 1
+                    yield lambda: self.partial >= partial  # noqa: B023
+                    if self.staging != self.what("partial", source, owner, tile):
+                        raise Wrong(f"added {self.staging} for the partial of {source}, tile {tile}, call {self.epoch}")
+                    if place < len(others) - 1:
+                        self.taken += 1
+                self.staging = self.what("sum", owner, owner, tile)
+            self.staged += 1
+
+    # -- the courier
+
+    def read(self):
+        return all(read for read, _ in self.group)
+
+    def written(self):
+        return all(written for _, written in self.group)
+
+    def store(self, memory: dict, key) -> None:
+        self.machine.copy(lambda: self.staging, lambda value: memory.__setitem__(key, value), self.group)
+
+    def fetch(self, tile: int, place: int):
+        source = place + (place >= self.rank)
+        yield lambda: self.me.partial_flags.get((tile, source), 0) >= self.epoch
+
+        def arrive(value):
+            self.staging = value
+            self.partial += 1
+
+        self.machine.copy(lambda: self.me.staging.get((source, tile)), arrive, [])
+
+    def fetch_others(self, tile: int):
+        for place in range(1, self.world - 1):
+            self.takes = getattr(self, "takes", 0) + 1
+            if self.machine.error != "partials not waited for":
+                yield lambda: self.taken >= self.takes
+            yield from self.fetch(tile, place)
+
+    def await_staged(self):
+        self.turns = getattr(self, "turns", 0) + 1
+        yield lambda: self.staged >= self.turns
+
+    def carry(self):
+        error = self.machine.error
+        if error != "done not waited for":
+            staged = self.me.staged
+            yield lambda: all(self.me.done.get(peer, 0) >= staged for peer in self.peers())
+        works = list(self.itinerary())
+        fetched = None
+        for work, following in itertools.zip_longest(works, works[1:]):
+            owner, tile = work
+            own_follows = following is not None and following[0] == self.rank
+            if owner != self.rank:
+                yield from self.await_staged()
+                self.store(self.machine.ranks[owner].staging, (self.rank, tile))
+                if error != "free before read":
+                    yield self.read
+                self.free += 1
+                if error == "fetch before the flag" and own_follows:
+                    yield from self.fetch(following[1], 0)
+                    fetched = following
+                if error != "flag when read":
+                    yield self.written
+                self.machine.ranks[owner].partial_flags[tile, self.rank] = self.epoch
+                continue
+            if fetched != work:
+                yield from self.fetch(tile, 0)
+            yield from self.fetch_others(tile)
+            yield from self.await_staged()
+            if self.staging != self.what("sum", owner, owner, tile):
+                raise Wrong(f"stored {self.staging}")
+            if self.op == "scatter":
+                self.store({}, None)
+                yield self.read
+                self.free += 1
+                continue
+            for peer in self.peers():
+                self.store(self.machine.ranks[peer].result, (self.rank, tile))
+            yield self.read
+            self.free += 1
+            if own_follows:
+                yield from self.fetch(following[1], 0)
+                fetched = following
+            if error != "flag when read":
+                yield self.written
+            for peer in self.peers():
+                self.machine.ranks[peer].result_flags[self.rank, tile] = self.epoch
+        if self.op == "scatter":
+            yield from self.leave()
+
+    def leave(self):
+        self.me.left += 1
+        if self.me.left == self.blocks:
+            self.me.left, self.me.staged = 0, self.epoch
+            for peer in self.peers():
+                yield None
+                self.machine.ranks[peer].done[self.rank] = self.epoch
+
+    # -- the collector
+
+    def collect(self):
+        total = (self.world - 1) * self.tiles
+        for i in range(self.blocks - 1 - self.index, total, self.blocks):
+            owner, tile = (self.rank + 1 + i % (self.world - 1)) % self.world, i // (self.world - 1)
+            if self.machine.error != "sums not waited for":
+                yield lambda: self.me.result_flags.get((owner, tile), 0) >= self.epoch  # noqa: B023
+            found, group = [], []
+            self.machine.copy(lambda: self.me.result.get((owner, tile)), found.append, group)  # noqa: B023
+            yield lambda: group[0][1]  # noqa: B023
+            if found != [self.what("sum", owner, owner, tile)]:
+                raise Wrong(f"took {found} for the sum of {owner}, tile {tile}, call {self.epoch}")
+
+
+def calls_of(machine: Machine, rank: int, calls: list):
+    """The stream of one rank: each call when the one before has ended. Its blocks run beside each other."""
+    for op, tiles, lead, grids in calls:
+        blocks = [Block(machine, rank, op, tiles, lead, i, grids[rank]) for i in range(grids[rank])]
+        roles = [role for block in blocks for role in (block.compute(), block.carry())]
+        roles += [block.collect() for block in blocks if op == "sum"]
+        waits: dict = {role: None for role in roles}
+        while waits:
+            able = [role for role, until in waits.items() if until is None or until()]
+            if not able:
+                yield lambda: any(until() for until in waits.values())  # noqa: B023
+                continue
+            role = machine.random.choice(able)
+            waits[role] = next(role, machine)
+            if waits[role] is machine:
+                del waits[role]
+            yield None
+        machine.ranks[rank].epoch += 1
+
+
+def play(world: int, seed: int, error: str = "") -> None:
+    """Six calls of both kinds, of changing sizes and grids, one of them with more blocks than tiles."""
+    machine = Machine(world, seed, error)
+    draw = random.Random(seed)
+    calls = []
+    for _ in range(6):
+        tiles = draw.choice((1, 2, 3, 5))
+        lead, grids = draw.choice((0, 1, 2, 4)), [draw.choice((1, 2, 3, 16)) for _ in range(world)]
+        calls.append((draw.choice(("scatter", "sum")), tiles, lead, grids))
+    machine.run([calls_of(machine, rank, calls) for rank in range(world)])
+
+
+@needs_nvcc
+def test_the_order_of_tiles_is_that_of_the_kernels(tmp_path):
+    sizes = [(run, world, lead) for run in (1, 2, 5) for world in (2, 3, 8) for lead in (0, 1, 2, 4, 9)]
+    program = '#include <cstdio>\n#include "tpo/gemm_collective.cuh"\nint main() { int number;\n'
+    for run, world, lead in sizes:
+        program += f"for (int s = 0; s < {run * world}; ++s) {{ int turn = tpo::turn_of(s, {run}, {world}, {lead}, "
+        program += '&number); printf("%d %d\\n", turn, number); }\n'
+    source = tmp_path / "order.cu"
+    source.write_text(program + "}\n")
+    command = [NVCC, "-std=c++17", "-gencode", "arch=compute_90a,code=sm_90a", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    subprocess.run([*command, "-o", tmp_path / "order", source], check=True)
+    printed = subprocess.check_output([tmp_path / "order"], text=True).split()
+    pairs = iter(zip(map(int, printed[::2]), map(int, printed[1::2]), strict=True))
+    for run, world, lead in sizes:
+        order = [next(pairs) for _ in range(run * world)]
+        assert order == [turn_of(step, run, world, lead) for step in range(run * world)]
+        assert sorted(order) == [(turn, number) for turn in range(1, world + 1) for number in range(run)]
+        for (turn, number), step in zip(order, itertools.count()):
+            assert turn == world or step < order.index((world, number))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_nobody_reads_too_early_or_waits_for_ever(world):
+    for seed in range(240 // world):
+        play(world, seed)
+
+
+@pytest.mark.parametrize(
+    ("error", "world"),
+    [
+        ("flag when read", 2),
+        ("free before read", 2),
+        ("staging not waited for", 2),
+        ("done not waited for", 2),
+        ("fetch before the flag", 2),
+        ("sums not waited for", 2),
+        ("partials not waited for", 3),
+    ],
+)
+def test_a_planted_error_is_found(error, world):
+    found = 0
+    for seed in range(400):
+        try:
+            play(world, seed, error)
+        except Wrong:
+            found += 1
+        if found == 3:
+            return
+    raise AssertionError(f"found in {found} of 400 runs")

@@ -1,0 +1,151 @@
+"""The CUDA GEMMs, compiled for sm_90a and read: tensor cores kept busy, nothing spilled, no fence in the mainloop.
+
+Of those that sum over ranks, too: who publishes a tile has seen it written, and who reads one has acquired its flag.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests import ptx
+
+CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+pytestmark = pytest.mark.skipif(not pathlib.Path(NVCC).exists(), reason="needs nvcc")
+
+
+ALONE = "gemm"
+COLLECTIVES = ("gemm_reduce_scatter_push", "gemm_all_reduce_two_shot_push")
+REGISTERS = dict.fromkeys(COLLECTIVES, (56, 224)) | {ALONE: (40, 232)}  # of producers and consumers
+
+
+def nvcc(kernel: str, *options: str) -> str:
+    """Compile; returns what the assembler reports."""
+    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", *options]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", CSRC / "kernels" / f"{kernel}.cu"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+@pytest.fixture(scope="module", params=[ALONE, *COLLECTIVES])
+def compiled(request, tmp_path_factory) -> tuple[dict[str, list[str]], str, str]:
+    """Instructions of each kernel by its name, the assembler's report, and which file it is."""
+    cubin = tmp_path_factory.mktemp(request.param) / "gemm.cubin"
+    report = nvcc(request.param, "-cubin", "-Xptxas", "-v", "-o", str(cubin))
+    dump = subprocess.run([ptx.CUOBJDUMP, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    kernels = re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump, flags=re.S)
+    lines = r"/\*[0-9a-f]{4,5}\*/\s+(.*?) ;"
+    return {name: re.findall(lines, text) for name, text in kernels}, report, request.param
+
+
+def places(code: list[str], opcode: str) -> list[int]:
+    return [i for i, line in enumerate(code) if re.search(rf"\b{opcode}", line)]
+
+
+def mainloop(code: list[str]) -> list[str]:
+    """From the first product to the wait for the last one."""
+    return code[places(code, "HGMMA")[0] : places(code, r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0")[0]]
+
+
+def consumers(code: list[str]) -> list[str]:
+    """What the consumer warpgroups execute."""
+    (start,), (other,) = places(code, "USETMAXREG.TRY_ALLOC"), places(code, "USETMAXREG.DEALLOC")
+    return code[start:other] if start < other else code[start:]
+
+
+def test_products_are_not_serialised_and_registers_move_between_warps(compiled):
+    _, report, _ = compiled
+    assert "C7510" not in report and "C7508" not in report  # ptxas: wgmma serialised; setmaxnreg ignored
+
+
+def test_nothing_spills_and_the_launch_has_its_registers(compiled):
+    kernels, report, file = compiled
+    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert usage == [("0", "0", "0")] * len(kernels)
+    assert set(re.findall(r"Used (\d+) registers", report)) == {"168"}  # 384 threads; handed over by USETMAXREG
+    producers, consumers = REGISTERS[file]
+    for code in kernels.values():
+        (give,) = places(code, f"USETMAXREG.DEALLOC.CTAPOOL {producers:#x}")
+        (take,) = places(code, f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumers:#x}")
+        assert not places(code, "LDL|STL|CALL")
+        ends = sorted((give, take, places(code, "EXIT")[-1]))  # behind it lie the slow paths of waits, of both
+        for start, most in ((give, producers), (take, consumers)):
+            end = ends[ends.index(start) + 1]
+            assert max(int(number) for line in code[start:end] for number in re.findall(r"\bR(\d+)\b", line)) < most
+
+
+def test_a_stage_is_four_products_in_a_row(compiled):
+    kernels, _, _ = compiled
+    for code in kernels.values():
+        first, *rest = products = places(code, "HGMMA")
+        assert len(products) == 4  # 64 elements of K, 16 a product; the loop over stages is not unrolled
+        assert rest[-1] - first < 28  # nothing but addresses in between
+        assert not places(code[first : rest[-1]], "WARPGROUP|SYNCS|BAR")
+
+
+def test_no_fence_waits_for_memory_in_the_mainloop(compiled):
+    kernels, _, _ = compiled
+    for code in kernels.values():
+        assert not places(mainloop(code), "MEMBAR|ERRBAR|CCTL")
+        assert not places(consumers(code), r"MEMBAR\.\w+\.(GPU|SYS)")
+
+
+def test_the_copy_engine_moves_all_data_and_pairs_share_b(compiled):
+    kernels, _, file = compiled
+    for code in kernels.values():
+        assert len(places(code, "UTMALDG.2D.MULTICAST")) == 1
+        assert len(places(code, "UTMALDG.2D")) == 2
+        assert places(code, "UTMASTG.2D")
+        stores = [code[i] for i in places(code, r"STG?\.E")]
+        assert bool(stores) == (file in COLLECTIVES)
+        assert all("STRONG" in store or ".E.128" in store for store in stores)  # signals; the NaNs of a failed call
+        assert not places(consumers(code), r"STG?\.E")
+
+
+@pytest.fixture(scope="module", params=COLLECTIVES)
+def program(request, tmp_path_factory) -> list[str]:
+    """The PTX of a kernel that sums, bf16, by lines without labels and declarations."""
+    path = tmp_path_factory.mktemp(request.param) / "gemm.ptx"
+    nvcc(request.param, "-ptx", "-o", str(path))
+    entry = path.read_text().split(".entry")[1]
+    return [line.strip() for line in entry.splitlines() if line.strip().endswith(";")]
+
+
+def flags(program: list[str]) -> list[int]:
+    """Where slots are raised; the record of a failure, whose words come before its release, is none."""
+    releases = places(program, r"st\.release\.sys")
+    return [i for i in releases if not any("st.relaxed.sys" in line for line in program[i - 4 : i])]
+
+
+def test_a_tile_is_published_after_it_has_been_written_not_merely_read(program):
+    pushes = places(program, r"cp\.async\.bulk\.global\.shared::cta")
+    assert pushes
+    for push in pushes:
+        flag = min(i for i in flags(program) if i > push)
+        written = [i for i in range(push, flag) if program[i] == "cp.async.bulk.wait_group 0;"]
+        assert written
+        assert "fence.proxy.async;" in program[written[-1] : flag]
+
+
+def test_what_peers_wrote_is_loaded_after_an_acquire_and_a_proxy_fence(program):
+    loads = places(program, r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier")
+    assert loads
+    for load in loads:
+        fence = max(i for i in places(program[:load], r"fence\.proxy\.async;"))
+        assert any("ld.acquire.sys" in line for line in program[:fence])
+        assert not places(program[fence:load], r"ld\.acquire")  # not between a wait and its fence
+
+
+def test_words_that_peers_write_are_read_at_system_scope_and_never_cached(program):
+    assert places(program, r"ld\.acquire\.sys\.global") and not places(program, r"ld\.volatile|ld\.acquire\.(gpu|cta)")
+    cached = {line.split()[0] for line in program if line.startswith("ld.global")}
+    assert cached <= {"ld.global.nc.s64", "ld.global.nc.u32"}  # where the arenas lie; pairs of the bias
+
+
+def test_waits_for_peers_look_at_the_clock_and_at_the_abort_word(program):
+    assert len(places(program, r"mov\.u64 \S+, %globaltimer")) >= 3

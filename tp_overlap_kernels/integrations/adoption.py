@@ -1,0 +1,210 @@
+"""Whether a host's row-parallel linear layer becomes ours: decided once from what all ranks share, and said once.
+
+A layer that is declined, or a call of an adopted layer that cannot be fused, runs as its host would run it; the reason
+is counted (`tp_overlap_kernels.counters()`) and logged. Where the user has required the op, it is an InvalidInput.
+
+| declined as     | because                                                                              |
+| --------------- | ------------------------------------------------------------------------------------ |
+| one_rank        | there is nothing to sum                                                              |
+| module          | it is not nn.Linear itself but, for example, an embedding or a quantised subclass    |
+| dtype           | neither bf16 nor fp16                                                                |
+| uneven          | in_features does not divide over the ranks, so K would differ between them           |
+| output_layout   | the host wants rows of the sum or the partial, and the op gives the sum              |
+| topology        | `init` cannot make an arena for the group; its sentence says why                     |
+
+The reasons of single calls are those of `layers.routing`. M is never among them: the op takes M = 0, and chooses by M
+itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+from .. import ops  # noqa: F401 - registers torch.ops.tp_overlap
+from ..config import settings
+from ..errors import InvalidInput, UnsupportedTopology
+from ..layers import collectives, routing
+from ..memory.arena import find
+from ..session import init
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Request:
+    """What the user has asked of an adapter.
+
+    max_tokens: max_M of the arena; None is TP_OVERLAP_MAX_TOKENS. max_N: at least so many columns of the arena; it has
+    those of the widest layer in any case. required: what cannot be fused is an error.
+    """
+
+    host: str  # begins every message
+    max_tokens: int | None = None
+    max_N: int = 1
+    required: bool = False
+    said: set[str] = dataclasses.field(default_factory=set)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # group_name: why `init` could not serve it
+
+
+def wanted(host: str, required: bool | None, otherwise: bool) -> bool | None:
+    """Whether the op is required, or None where TP_OVERLAP=0 has switched the adapters off.
+
+    required: the caller's argument, which wins; None follows TP_OVERLAP, whose "auto" means `otherwise`.
+    """
+    setting = settings().overlap
+    if setting == "0" and required:
+        raise InvalidInput(f"{host}: required=True, while TP_OVERLAP=0 switches it off. Unset TP_OVERLAP, or drop one.")
+    if setting == "0":
+        return None
+    return required if required is not None else setting == "1" or otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """A layer as its adapter calls it. declined: the reason, in a word; empty where the layer is ours.
+
+    split_input: calls bring the whole input, [..., K * W], equal on all ranks, and not this rank's columns of it.
+    """
+
+    name: str
+    group_name: str
+    rank: int
+    world_size: int
+    N: int
+    K: int  # of one rank
+    required: bool
+    split_input: bool
+    declined: str
+
+    def fuses(self, x: Any, weight: Any, bias: Tensor | None, quantised: bool = False) -> bool:
+        """Whether this call goes to the op; counts it. weight, bias: this rank's, [N, K] and [N] or None.
+
+        Errors: InvalidInput where it does not and was required to, before any rank enters a collective.
+        """
+        if self.declined:
+            routing.count_unfused(self.declined)
+            return False
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()
+        device = x.device.type if isinstance(x, Tensor) else "cpu"
+        reason = self._why_not(x, weight, bias, quantised)
+        # A compiled call must not read the name: the graph would be guarded by it, and each layer need one of its own.
+        name = "a compiled linear layer" if torch.compiler.is_compiling() else self.name
+        if reason and self.required:
+            text = routing.sentence(reason, self.group_name, self.N, dtype, device)
+            raise InvalidInput(f"{name}: cannot be fused, and was required to be: {text}")
+        routing.note(reason, name, self.group_name, self.rank, self.N, dtype, device)
+        return not reason
+
+    def _why_not(self, x: Any, weight: Any, bias: Tensor | None, quantised: bool) -> str:
+        if quantised:
+            return "quantised"
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != (self.N, self.K) or not weight.is_contiguous():
+            return "weight"
+        # A subclass, such as a DTensor, means more than its numbers.
+        if type(x) not in (Tensor, nn.Parameter) or x.dtype != weight.dtype:
+            return "input" if weight.dtype in routing.FUSED_DTYPES else "dtype"
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        return routing.why_not(self.group_name, self.N, x.dtype, x.device.type, needs_grad)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The sum over the ranks of x @ weight.T, plus the bias once: [..., N], a fresh tensor."""
+        if self.split_input:
+            x = collectives.own_columns(x, self.group_name, self.rank, self.world_size)
+        return torch.ops.tp_overlap.gemm_all_reduce.default(x, weight, self.group_name, bias)
+
+
+def adopt(
+    request: Request,
+    name: str,
+    module: nn.Module,
+    group: dist.ProcessGroup,
+    *,
+    split_input: bool = False,
+    gives_sum: bool = True,
+) -> Adopted:
+    """Decides for `module`, nn.Linear of the whole layer's in_features and out_features, on the ranks of `group`.
+
+    Collective: every rank adopts the same layers in the same order, since the first makes the arena, before weights are
+    loaded and caches are sized. gives_sum: the host wants the whole sum on every rank.
+    Errors: InvalidInput where the layer must be declined and the op was required; those of `init`.
+    """
+    world_size, linear = dist.get_world_size(group), isinstance(module, nn.Linear)
+    reason, text = _obstacle(module, world_size, gives_sum)
+    N, K = (module.out_features, module.in_features // world_size) if linear else (0, 0)
+    if not reason:
+        text = _make_room(request, group, N, module.weight.dtype)
+        reason = "topology" if text else ""
+    if reason and request.required:
+        raise InvalidInput(
+            f"{request.host}: {name} cannot be fused, and was required to be: {text} "
+            "TP_OVERLAP=auto, or required=False, leaves such layers to the framework."
+        )
+    _say(request, name, group, N, K, text)
+    return Adopted(
+        name, group.group_name, dist.get_rank(group), world_size, N, K, request.required, split_input, reason
+    )
+
+
+def _obstacle(module: nn.Module, world_size: int, gives_sum: bool) -> tuple[str, str]:
+    """(reason, sentence), both empty where there is none."""
+    if world_size == 1:
+        return "one_rank", "its group has one rank, and there is nothing to sum."
+    if type(module) is not nn.Linear:
+        return "module", f"it is {type(module).__name__}, and only nn.Linear itself is known to be x @ weight.T."
+    if module.weight.dtype not in routing.FUSED_DTYPES:
+        return "dtype", f"its dtype is {module.weight.dtype}. The op takes torch.bfloat16 and torch.float16."
+    if module.in_features % world_size:
+        return "uneven", f"in_features={module.in_features} does not divide evenly over {world_size} ranks."
+    if not gives_sum:
+        return "output_layout", "its output is not the whole sum on every rank, which is what the op gives."
+    return "", ""
+
+
+def _make_room(request: Request, group: dist.ProcessGroup, N: int, dtype: torch.dtype) -> str:
+    """An arena that is wide enough. Returns why there can be none, which `init` has then told every rank."""
+    arena, name = find(group.group_name), group.group_name
+    if arena is None or N > arena.layout.max_N or (request.max_tokens or 1) > arena.layout.max_M:
+        try:
+            if name not in request.refused:
+                init(group, max_M=request.max_tokens, max_N=max(N, request.max_N), dtype=dtype)
+        except UnsupportedTopology as error:
+            request.refused[name] = str(error)
+    return request.refused.get(name, "")
+
+
+def _say(request: Request, name: str, group: dist.ProcessGroup, N: int, K: int, obstacle: str) -> None:
+    """One line for all layers of a kind: those whose names differ in numbers only."""
+    kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+    line = f"{kind}: {obstacle}"
+    if line in request.said or dist.get_rank(group) != 0:
+        return
+    request.said.add(line)
+    if obstacle:
+        log.warning("%s: not active for %s: %s", request.host, kind, obstacle)
+        return
+    arena = find(group.group_name)
+    assert arena is not None
+    log.info(
+        "%s: active for %s (N=%d, K=%d a rank); group %r of %d ranks on %s, max_M=%d; %d bytes a rank, for all layers",
+        *(request.host, kind, N, K, group.group_name, arena.world_size),
+        *(arena.topology.backend, arena.layout.max_M, arena.layout.total_bytes),
+    )
+
+
+def local(tensor: Any) -> Any:
+    """This rank's shard of a DTensor, its redistribution waited for; anything else as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    shard = tensor.to_local()
+    return shard.wait() if isinstance(shard, AsyncCollectiveTensor) else shard

@@ -1,0 +1,113 @@
+"""Hugging Face transformers (5.17): its row-parallel linear layers, o_proj and down_proj as a rule, call the fused op.
+
+    from tp_overlap_kernels.integrations import transformers as tpo_transformers
+
+    tpo_transformers.enable(max_tokens=8192)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", distributed_config=DistributedConfig(tp_size=W))
+
+The model's own plan stays: what changes is the meaning of `rowwise`, `rowwise_split_input` and `rowwise_rep` in it. A
+plan may also name `tp_overlap_rowwise` and `tp_overlap_rowwise_split_input` for the layers that are meant; a layer that
+is named so and cannot be fused is an error.
+Shards, loading and saving are those of transformers' style, whose forward also serves every call that is declined
+(adoption.py). What differs is rounding: transformers rounds the sum and then adds a bias to it; the op adds the bias
+before the last rounding, once, where the plan's kernel says. TP_OVERLAP=0 leaves all to transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+from torch import nn
+
+from ..errors import InvalidInput
+from .adoption import Request, adopt, local, wanted
+
+HOST = "tp_overlap_kernels for transformers"
+REPLACED = ("rowwise", "rowwise_split_input", "rowwise_rep")
+ADDED = {"tp_overlap_rowwise": "rowwise", "tp_overlap_rowwise_split_input": "rowwise_split_input"}
+
+log = logging.getLogger(__name__)
+
+
+def enable(*, max_tokens: int | None = None, max_N: int = 1, required: bool | None = None) -> bool:
+    """From now on models are loaded with the fused op. Returns whether TP_OVERLAP lets it be so.
+
+    Every rank calls it, with equal arguments, before `from_pretrained`, which makes the arena before it loads weights.
+    max_tokens: rows of the largest call that runs in one piece, the batch times the longest prompt; default
+    TP_OVERLAP_MAX_TOKENS. max_N: columns of the arena, where other callers need more than the model's layers.
+    required: layers and calls that cannot be fused are errors; default TP_OVERLAP=1, and layers that a plan names
+    `tp_overlap_...`.
+    Calling it again replaces the arguments, for models that are loaded afterwards; see `disable`.
+    Errors: InvalidInput for an argument that TP_OVERLAP contradicts, and where transformers has no such styles.
+    """
+    styles = _registry()
+    disable()
+    of_all, of_named = wanted(HOST, required, otherwise=False), wanted(HOST, required, otherwise=True)
+    if of_all is None or of_named is None:
+        log.info("%s: off, by TP_OVERLAP=0", HOST)
+        styles.update({name: styles[parent] for name, parent in ADDED.items()})  # plans that name them still load
+        return False
+    named = Request(HOST, max_tokens, max_N, of_named)
+    added = {name: OverlapStyle(styles[parent], named) for name, parent in ADDED.items()}
+    request = Request(HOST, max_tokens, max_N, of_all, named.said)
+    styles.update({name: OverlapStyle(styles[name], request) for name in REPLACED} | added)
+    return True
+
+
+def disable() -> None:
+    """Models that are loaded from now on are transformers' own. The arena stays: `close` frees it."""
+    styles = _registry()
+    for name in (*REPLACED, *ADDED):
+        if name in styles._local_mapping:
+            del styles[name]
+
+
+class OverlapStyle:
+    """A parallel style of transformers, told apart from its parent by the forward that it installs."""
+
+    def __init__(self, parent: Any, request: Request) -> None:
+        self.parent, self.request = parent, request
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+    def validate_param(self, module: nn.Module, param: str, mesh: Any, parameter_name: str | None = None) -> None:
+        self._names[module] = (parameter_name or param).rpartition(".")[0]  # the only place that is told the name
+        self.parent.validate_param(module, param, mesh, parameter_name=parameter_name)
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        self.parent.shard_param(module, param, mesh)
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        self.parent.install_forward(module, mesh)
+        unfused = module.forward
+        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+        layer = adopt(
+            self.request,
+            self._names.get(module) or type(module).__name__,
+            module,
+            group,
+            split_input=self.parent.input_layouts.is_replicate(),
+            gives_sum=self.parent.output_layouts.is_replicate(),
+        )
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # Looked up in each call: weights are loaded after this, and may be moved or replaced.
+            weight, bias = local(module._parameters.get("weight")), local(module._parameters.get("bias"))
+            x = args[0] if args else None
+            if layer.fuses(x, weight, bias, getattr(module, "_hf_quantized_needs_local_tp", False)):
+                return layer(x, weight, bias)
+            return unfused(*args, **kwargs)
+
+        module.forward = forward
+        return module
+
+
+def _registry() -> Any:
+    try:
+        from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+    except ImportError as error:
+        raise InvalidInput(
+            f"{HOST}: transformers >= 5.17 is needed ({error}). pip install 'tp-overlap-kernels[transformers]'"
+        ) from error
+    return ALL_PARALLEL_STYLES

@@ -1,0 +1,147 @@
+"""Launchers of csrc/kernels/gemm_reduce_scatter_push.cu and gemm_all_reduce_two_shot_push.cu, which tell the protocol.
+
+    out = sum over r of  a_r[M, K] @ b_r[N, K].T  (+ bias):  this rank's rows of it, or all of it on every rank
+
+A call costs the host a few microseconds: the arguments live in one struct that is made once, and only the words that
+change are written. Calls on one rank do not overlap, so one struct is enough.
+"""
+
+import ctypes
+
+from tp_overlap_kernels import native
+
+from . import gemm
+
+SCHEDULES = {schedule.cols: schedule for schedule in (gemm.LARGE, gemm.SMALL)}  # by columns of a tile
+TILE_BYTES = {cols: 128 * cols * 2 for cols in SCHEDULES}  # of a block's tile, on its way between ranks
+
+
+class _Args(ctypes.Structure):
+    """TpoGemmCollectiveArgs of csrc/api.h, field by field."""
+
+    _fields_ = (
+        ("gemm", gemm.Args),
+        ("base_table", ctypes.c_uint64),
+        ("control", ctypes.c_uint64),
+        ("record", ctypes.c_uint64),
+        ("header_offset", ctypes.c_int64),
+        ("done_offset", ctypes.c_int64),
+        ("partial_flags_offset", ctypes.c_int64),
+        ("result_flags_offset", ctypes.c_int64),
+        ("tile_slots", ctypes.c_int64),
+        ("staging_offset", ctypes.c_int64),
+        ("staging_slot_bytes", ctypes.c_int64),
+        ("result_offset", ctypes.c_int64),
+        ("result_bytes", ctypes.c_int64),
+        ("timeout_ns", ctypes.c_int64),
+        ("call_hash", ctypes.c_int64),
+        ("rank", ctypes.c_int32),
+        ("world_size", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("lead_tiles", ctypes.c_int32),
+    )
+
+
+def rows_that_fit(
+    N: int, cols: int, world_size: int, *, staging_slot_bytes: int, result_bytes: int, tile_slots: int
+) -> int:
+    """The most rows M whose tiles of `cols` columns have room in an arena, for either kernel. Pure.
+
+    Tiles are staged whole, also where a matrix ends within them: 256 rows a rank at a time, N rounded up to `cols`.
+    """
+    pairs_across = -(-N // cols)
+    tiles = min(staging_slot_bytes // TILE_BYTES[cols], result_bytes // (world_size - 1) // TILE_BYTES[cols])
+    pairs_of_owner = min(tiles, tile_slots // world_size) // 2
+    return world_size * 256 * (pairs_of_owner // pairs_across)
+
+
+class GemmCollectiveLauncher:
+    """Launches one of the two kernels for one arena. Pointers and sizes are trusted; the op has checked them."""
+
+    def __init__(
+        self,
+        op: str,
+        *,
+        base_table_ptr: int,
+        control_ptr: int,
+        record_ptr: int,
+        header_offset: int,
+        done_offset: int,
+        partial_flags_offset: int,
+        result_flags_offset: int,
+        tile_slots: int,
+        staging_offset: int,
+        staging_slot_bytes: int,
+        result_offset: int,
+        result_bytes: int,
+        timeout_ns: int,
+        rank: int,
+        world_size: int,
+        blocks: int,
+    ):
+        """op: "gemm_all_reduce" or "gemm_reduce_scatter". Offsets and sizes in bytes within the arena; pointers as the
+        device sees them; see TpoGemmCollectiveArgs. blocks: of the grid at most, at least 2.
+
+        Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
+        the device cannot run what it holds.
+        """
+        library = native.library()
+        self._op = op
+        native.check(getattr(library, f"tpo_{op}_prepare")(), f"{op}: the CUDA kernels could not be loaded")
+        self._args = _Args(
+            base_table=base_table_ptr,
+            control=control_ptr,
+            record=record_ptr,
+            header_offset=header_offset,
+            done_offset=done_offset,
+            partial_flags_offset=partial_flags_offset,
+            result_flags_offset=result_flags_offset,
+            tile_slots=tile_slots,
+            staging_offset=staging_offset,
+            staging_slot_bytes=staging_slot_bytes,
+            result_offset=result_offset,
+            result_bytes=result_bytes,
+            timeout_ns=timeout_ns,
+            rank=rank,
+            world_size=world_size,
+            blocks=blocks,
+        )
+        self._gemm = self._args.gemm  # the same bytes
+        self._args_ref = ctypes.byref(self._args)
+        self._launch = getattr(library, f"tpo_{op}")
+        # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.
+        self._launch.restype = ctypes.c_int
+
+    def __call__(
+        self,
+        a_ptr: int,
+        b_ptr: int,
+        bias_ptr: int,
+        out_ptr: int,
+        M: int,
+        N: int,
+        K: int,
+        a_stride: int,
+        b_stride: int,
+        dtype_code: int,
+        schedule: gemm.Schedule,
+        group_rows: int,
+        lead_tiles: int,
+        call_hash: int,
+        stream: int,
+    ) -> None:
+        """Enqueue one call on `stream` (a cudaStream_t as an integer) of the current device; capturable in a graph.
+
+        As gemm.launch; out: contiguous, N a multiple of 8. lead_tiles: own tiles begin after so many pairs of tiles of
+        each peer; 0: after all. call_hash: 16 bits; it and lead_tiles are equal on all ranks. Every rank makes the same
+        calls in the same order. Raises TpOverlapError with CUDA's reason.
+        """
+        args = self._gemm
+        args.a, args.b, args.bias, args.out = a_ptr, b_ptr, bias_ptr, out_ptr
+        args.a_stride, args.b_stride, args.out_stride = a_stride, b_stride, N
+        args.M, args.N, args.K = M, N, K
+        args.dtype, args.schedule, args.group_rows = dtype_code, schedule.code, group_rows
+        self._args.lead_tiles, self._args.call_hash = lead_tiles, call_hash
+        error = self._launch(self._args_ref, ctypes.c_void_p(stream))
+        if error:
+            native.check(error, f"{self._op}: the CUDA kernel could not be launched")

@@ -1,0 +1,122 @@
+"""The plan sm90: the CUDA kernels of csrc for Hopper in place of the Triton ones, with the same arena and protocol.
+
+They read a and b and write out through the copy engine, whose rows start at multiples of 16 bytes: N is a multiple of
+8 (dispatch sees to that), and an operand that lies otherwise is copied once, as in operands.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Plan
+from ..errors import InvalidInput
+from ..kernels.gemm import Schedule
+from ..kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
+from ..kernels.gemm_collectives import rows_that_fit as rows_of_tiles
+from ..memory.arena import Arena
+from ..memory.turn import stream_of
+from .operands import describe
+
+_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+def rows_that_fit(arena: Arena, plan: Plan, N: int) -> int:
+    """The most rows that one launch can take. Errors: InvalidInput where that is none."""
+    room, W = arena.layout, arena.world_size
+    rows = rows_of_tiles(
+        N,
+        _schedule(plan).cols,
+        W,
+        staging_slot_bytes=room.staging_slot_bytes,
+        result_bytes=room.total_bytes - room.result,
+        tile_slots=room.tile_slots,
+    )
+    if rows < 1:
+        raise InvalidInput(
+            f"plan {str(plan)!r} has no room for its tiles, 256 rows a rank, at N={N}. "
+            f"Call init with max_M of at least {256 * W}, and max_N a multiple of {_schedule(plan).cols} not below N."
+        )
+    return rows
+
+
+def _schedule(plan: Plan) -> Schedule:
+    schedule = SCHEDULES.get(plan["block_n"])
+    if schedule is None:
+        raise InvalidInput(f"plan {str(plan)!r}: block_n must be one of {', '.join(map(str, sorted(SCHEDULES)))}.")
+    return schedule
+
+
+def run(
+    arena: Arena, op: str, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
+) -> "IssuedSm90 | None":
+    """a, b 2-D, out contiguous; they fit. None if it can't be had again with other addresses."""
+    if out.data_ptr() % 16:
+        fresh = torch.empty_like(out)
+        run(arena, op, plan, a, b, bias, fresh, word)
+        out.copy_(fresh)
+        return None
+    if bias is not None and bias.data_ptr() % 4:
+        bias = bias.clone()
+    a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
+    issued = IssuedSm90(
+        arena,
+        op,
+        a_map.base.data_ptr(),
+        b_map.base.data_ptr(),
+        bias.data_ptr() if bias is not None else 0,
+        (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], _DTYPE_CODES[a.dtype]),
+        (_schedule(plan), plan["group_m"], plan["lead"], word),
+    )
+    issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
+    return issued
+
+
+@dataclass(slots=True)
+class IssuedSm90:
+    """The counterpart of lang.launch.Issued: a launch of one shape, dtype, schedule and call hash."""
+
+    arena: Arena
+    op: str
+    a_ptr: int
+    b_ptr: int
+    bias_ptr: int  # 0: none
+    sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
+    rest: tuple[Schedule, int, int, int]  # schedule, rows of tiles in a group, lead, call hash
+
+    def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
+        """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""
+        launcher = self.arena.cache.get(self.op) or _launcher(self.arena, self.op)
+        bias_ptr = bias_ptr if self.bias_ptr else 0
+        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index))
+        return True
+
+    def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Any:
+        """The same with other addresses, all multiples of 16; None if a, b or the bias had to be copied."""
+        copied = a_desc != self.a_ptr or b_desc != self.b_ptr or (self.bias_ptr and bias_ptr != self.bias_ptr)
+        return None if copied else self.launch
+
+
+def _launcher(arena: Arena, op: str) -> GemmCollectiveLauncher:
+    room = arena.layout
+    launcher = arena.cache[op] = GemmCollectiveLauncher(
+        op,
+        base_table_ptr=arena.heap.data_ptr(),
+        control_ptr=arena.control.data_ptr(),
+        record_ptr=arena.record.words.data_ptr(),
+        header_offset=room.header,
+        done_offset=room.done,
+        partial_flags_offset=room.partial_flags,
+        result_flags_offset=room.result_flags,
+        tile_slots=room.tile_slots,
+        staging_offset=room.staging,
+        staging_slot_bytes=room.staging_slot_bytes,
+        result_offset=room.result,
+        result_bytes=room.total_bytes - room.result,
+        timeout_ns=arena.timeout_ns,
+        rank=arena.rank,
+        world_size=arena.world_size,
+        blocks=arena.programs,
+    )
+    return launcher

@@ -37,24 +37,24 @@ typedef struct TpoAllReduceArgs {
 /* One GEMM + all-reduce for few rows; kernels/gemm_all_reduce_one_shot_sentinel.cu. All but a, b, bias, out and `start`
  * must be equal on all ranks. */
 typedef struct TpoGemmAllReduceDecodeArgs {
-  TpoAllReduceArgs sum;  /* out: M x N, contiguous; n_elems: M * N; x and data_threads are not looked at */
-  const void* a;         /* M x K of this rank; 16-byte aligned */
-  const void* b;         /* N x K of this rank; 16-byte aligned */
-  const void* bias;      /* N elements, or null; any alignment */
-  int64_t a_stride;      /* elements between rows, multiples of 8 */
+  TpoAllReduceArgs sum; /* out: M x N, contiguous; n_elems: M * N; x and data_threads are not looked at */
+  const void* a;        /* M x K of this rank; 16-byte aligned */
+  const void* b;        /* N x K of this rank; 16-byte aligned */
+  const void* bias;     /* N elements, or null; any alignment */
+  int64_t a_stride;     /* elements between rows, multiples of 8 */
   int64_t b_stride;
-  int32_t M, N, K;       /* M up to 128; M * N * 2, with N rounded up to tile_rows, must not exceed sentinel_bytes */
-  int32_t tile_rows;     /* of b, of a tile: 64, or 128 with M up to 64 */
-  int32_t splits;        /* parts of K, one a block of a cluster: 1, 2, 4 or 8 */
-  int32_t stages;        /* of 64 elements of K, 3..32 as far as shared memory reaches; 0: so that an SM holds two blocks */
-  int32_t start;         /* TpoDecodeStart */
+  int32_t M, N, K;   /* M up to 128; M * N * 2, with N rounded up to tile_rows, must not exceed sentinel_bytes */
+  int32_t tile_rows; /* of b, of a tile: 64, or 128 with M up to 64 */
+  int32_t splits;    /* parts of K, one a block of a cluster: 1, 2, 4 or 8 */
+  int32_t stages;    /* of 64 elements of K, 3..32 as far as shared memory reaches; 0: so that an SM holds two blocks */
+  int32_t start;     /* TpoDecodeStart */
 } TpoGemmAllReduceDecodeArgs;
 
 /* How a call begins, seen from the kernels before it on the stream. */
 enum TpoDecodeStart {
-  TPO_DECODE_IN_ORDER = 0,      /* after they have ended */
+  TPO_DECODE_IN_ORDER = 0,       /* after they have ended */
   TPO_DECODE_LAUNCHED_AHEAD = 1, /* its blocks may come earlier, and then wait */
-  TPO_DECODE_WEIGHTS_AHEAD = 2  /* and load of b meanwhile, which none of these kernels may write */
+  TPO_DECODE_WEIGHTS_AHEAD = 2   /* and load of b meanwhile, which none of these kernels may write */
 };
 
 /* Indices into `control`, which starts as zeros. */

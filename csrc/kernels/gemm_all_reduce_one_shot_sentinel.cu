@@ -50,7 +50,7 @@ constexpr int64_t kOpGemmAllReduce = 1;  // in the record
 constexpr int kStageK = kBoxCols;        // elements of K in a stage: one box of b for each 64 rows, one of a
 constexpr int kGroupRows = 64;           // rows of b that a warpgroup multiplies
 constexpr int kMinStages = 3, kMaxStages = 32;
-constexpr int kFetchedStages = 8;     // of b, beyond the ring: to L2, where the block begins ahead
+constexpr int kFetchedStages = 8;    // of b, beyond the ring: to L2, where the block begins ahead
 constexpr int kServiceThreads = 64;  // behind the computing warps: the producer, then the watchers
 constexpr int kAlignmentBytes = kSwizzleBytes;
 constexpr int kSharedOfBlockPair = 233472 / 2 - 1024;  // bytes a block may have where an SM is to hold two of them
@@ -71,9 +71,10 @@ struct Shape {
   static constexpr int kThreads = kDataThreads + kServiceThreads;
   static constexpr int kBytesOfB = kTileRows * kBoxRowBytes, kBytesOfA = kCols * kBoxRowBytes;
   static constexpr int kStageBytes = kBytesOfB + kBytesOfA;
-  static constexpr int kVecs = std::max(1, kCols * kTileVecs / kDataThreads);  // that a thread sums, at most
-  static constexpr int kSources = std::max(1, 4 / kVecs);  // ranks that a thread polls at a time
-  static constexpr int kPitch = kTileRows + 4;  // f32 of a row of sums: 8 lanes that differ in row and column meet no bank twice
+  static constexpr int kVecs = std::max(1, kCols* kTileVecs / kDataThreads);  // that a thread sums, at most
+  static constexpr int kSources = std::max(1, 4 / kVecs);                     // ranks that a thread polls at a time
+  static constexpr int kPitch =
+      kTileRows + 4;  // f32 of a row of sums: 8 lanes that differ in row and column meet no bank twice
   static constexpr int kSumsBytes = kCols * kPitch * 4;
   static constexpr int kBlocksOfSm = kCols <= 64 ? 2 : 1;  // so that the next kernel's blocks find room beside ours
   static constexpr int kStagesForPair =
@@ -98,7 +99,9 @@ struct Memory {
   __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 16 * slot; }
   __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + 16 * slot + 8; }
   __device__ __forceinline__ uint32_t called() const { return barriers + 16 * stages; }  // the call has been read
-  __device__ __forceinline__ uint32_t summed() const { return barriers + 16 * stages + 8; }  // in each block of the cluster
+  __device__ __forceinline__ uint32_t summed() const {
+    return barriers + 16 * stages + 8;
+  }  // in each block of the cluster
   __device__ __forceinline__ uint32_t sum(int col, int row) const { return ring + 4 * (col * Shape::kPitch + row); }
 };
 
@@ -146,8 +149,8 @@ __device__ __forceinline__ void init_barriers(const Memory<Shape>& memory, int s
 }
 
 template <typename Shape>
-__device__ __forceinline__ void load_b(const Params& params, const Memory<Shape>& memory, const Work<Shape>& work, int k,
-                                       int slot) {
+__device__ __forceinline__ void load_b(const Params& params, const Memory<Shape>& memory, const Work<Shape>& work,
+                                       int k, int slot) {
   barrier_arrive_expecting(memory.full(slot), Shape::kStageBytes);
 #pragma unroll
   for (int group = 0; group < Shape::kGroups; ++group) {
@@ -274,7 +277,7 @@ struct Vecs {
   __device__ __forceinline__ bool has(int v) const { return mine >> v & 1; }
   __device__ __forceinline__ int place(int v) const { return threadIdx.x + v * Shape::kDataThreads; }  // in the block
   __device__ __forceinline__ int col(int v) const { return place(v) >> work.vecs_log2; }  // row of a and of out
-  __device__ __forceinline__ int row(int v) const {  // of the tile
+  __device__ __forceinline__ int row(int v) const {                                       // of the tile
     return kVecElems * (work.first_vec + (place(v) & (work.vecs - 1)));
   }
   __device__ __forceinline__ int n(int v) const { return work.row + row(v); }  // element of a row of out
@@ -492,12 +495,16 @@ template <int kCols, int kGroups>
 constexpr Variant variant() {
   using S = Shape<kCols, kGroups>;
   return Variant{{gemm_all_reduce_one_shot_sentinel<Bf16, S>, gemm_all_reduce_one_shot_sentinel<Fp16, S>},
-                 S::kCols, S::kTileRows, S::kThreads, S::kStageBytes, S::kStagesForPair};
+                 S::kCols,
+                 S::kTileRows,
+                 S::kThreads,
+                 S::kStageBytes,
+                 S::kStagesForPair};
 }
 
-constexpr Variant kVariants[] = {variant<8, 1>(),  variant<16, 1>(), variant<32, 1>(), variant<64, 1>(),
-                                 variant<128, 1>(), variant<8, 2>(), variant<16, 2>(), variant<32, 2>(),
-                                 variant<64, 2>()};
+constexpr Variant kVariants[] = {variant<8, 1>(),  variant<16, 1>(),  variant<32, 1>(),
+                                 variant<64, 1>(), variant<128, 1>(), variant<8, 2>(),
+                                 variant<16, 2>(), variant<32, 2>(),  variant<64, 2>()};
 
 const Variant* variant_for(const TpoGemmAllReduceDecodeArgs& args) {
   for (const Variant& variant : kVariants) {
@@ -571,8 +578,8 @@ extern "C" int tpo_gemm_all_reduce_decode_prepare(void) {
   using namespace tpo;
   for (const Variant& variant : kVariants) {
     for (const Kernel kernel : variant.kernels) {  // which loads it, too
-      const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, 232448 - kStaticBytes);
+      const cudaError_t error = cudaFuncSetAttribute(
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, 232448 - kStaticBytes);
       if (error != cudaSuccess) return error;
     }
   }

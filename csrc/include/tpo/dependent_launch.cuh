@@ -11,7 +11,9 @@ namespace tpo {
 __device__ __forceinline__ void wait_for_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Once every block has said so, or has ended, the next kernel may begin. It waits by itself for what it needs of this one.
-__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // The box at (row, col) to L2, for a load to come.
 __device__ __forceinline__ void fetch_box(const CUtensorMap* map, int row, int col) {

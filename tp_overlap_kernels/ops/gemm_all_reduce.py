@@ -29,6 +29,8 @@ def gemm_all_reduce(a: Tensor, b: Tensor, group_name: str, bias: Tensor | None =
     All ranks of the group call the same ops in the same order with equal M, N, K, dtype and presence of bias, one
     call in flight a group.
     M above max_M runs in row chunks.
+    The plan decode reads a weight that it has seen before under the end of the kernel before it on the stream. That
+    kernel may write b only in ways that torch counts (`Tensor._version`): not through `.data`, nor as a user's own.
     Errors: NotInitialised, InvalidInput (nothing is sent), GroupFailed and its kinds (an earlier call failed, or on
     the CPU this one).
     """

@@ -49,6 +49,7 @@ PARAM_NAMES = (
     "stagger_ns",
     "lead",
 )
+LEAST = {"lead": 0}  # of all others 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +160,10 @@ class Plan:
         params: dict[str, int] = {}
         for item in tail.split(",") if tail else ():
             key, _, value = (part.strip() for part in item.partition("="))
-            if key not in PARAM_NAMES or not value.isdecimal() or int(value) < 1 or key in params:
+            if key not in PARAM_NAMES or not value.isdecimal() or int(value) < LEAST.get(key, 1) or key in params:
                 raise InvalidInput(
                     f"plan {text!r}: cannot read {item!r}. Write name:key=val,key=val with each key once, a whole "
-                    f"number of at least 1, and keys among {', '.join(PARAM_NAMES)}."
+                    f"number of at least {LEAST.get(key, 1)}, and keys among {', '.join(PARAM_NAMES)}."
                 )
             params[key] = int(value)
         return cls(name, tuple(params.items()))

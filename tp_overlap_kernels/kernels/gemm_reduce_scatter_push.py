@@ -74,7 +74,6 @@ def gemm_reduce_scatter_push(
     programs = tl.num_programs(0)
     epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
-    own = tl.load(heap_ptr + rank)
     tiles_per_owner = m_tiles * n_tiles
     failed = 0
 
@@ -120,7 +119,7 @@ def gemm_reduce_scatter_push(
                 for i in tl.range(0, WORLD - 1, num_stages=1):
                     peer = i + (i >= rank).to(tl.int32)  # 0..W-1 without us
                     who = signal.waiter(OP, rank, peer, t)
-                    slot = own + partial_flags + (t * WORLD + peer) * 8
+                    slot = tl.load(heap_ptr + rank) + partial_flags + (t * WORLD + peer) * 8
                     status = signal.wait(slot, word, timeout_ns, control_ptr, record_ptr, who)
                     failed = tl.maximum(failed, status)
                     staged = slot_at(heap_ptr, staging_offset, i, staging_slot_bytes, rank, DTYPE)

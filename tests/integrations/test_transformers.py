@@ -231,3 +231,12 @@ def test_disable_gives_the_names_back():
     assert dict(ALL_PARALLEL_STYLES.items()) != before
     adapter.disable()
     assert dict(ALL_PARALLEL_STYLES.items()) == before
+
+
+def test_another_version_is_refused(monkeypatch):
+    """Later ones leave the weights of our plan values whole, and every product fails."""
+    from tp_overlap_kernels.integrations import transformers as adapter
+
+    monkeypatch.setattr(pytest.importorskip("transformers"), "__version__", "5.23.0")
+    with pytest.raises(InvalidInput, match=r"needed, found 5[.]23"):
+        adapter.enable()

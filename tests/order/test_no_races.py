@@ -149,7 +149,8 @@ def test_reuse_after_each_other_plan(ranks, op, plan, world_size):
 def test_every_kernel_is_traced():
     """A new kernel belongs in MOVERS."""
     folder = pathlib.Path(kernels.__path__[0])
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "stream_signals", "all_reduce_one_shot_sentinel"}
+    written_in_triton = {path.stem for path in folder.glob("*.py") if "@triton.jit" in path.read_text()}
+    files = written_in_triton - {"stream_signals"}  # the chunked plan's; the others launch CUDA
     assert files == set(MOVERS.values()) - {"torch"}
 
 

@@ -25,6 +25,7 @@ from ..errors import InvalidInput
 from .adoption import Request, adopt, local, wanted
 
 HOST = "tp_overlap_kernels for transformers"
+VERSION = "5.17."
 REPLACED = ("rowwise", "rowwise_split_input", "rowwise_rep")
 ADDED = {"tp_overlap_rowwise": "rowwise", "tp_overlap_rowwise_split_input": "rowwise_split_input"}
 
@@ -104,10 +105,12 @@ class OverlapStyle:
 
 
 def _registry() -> Any:
+    install = "pip install 'tp-overlap-kernels[transformers]'"
     try:
+        from transformers import __version__
         from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
     except ImportError as error:
-        raise InvalidInput(
-            f"{HOST}: transformers >= 5.17 is needed ({error}). pip install 'tp-overlap-kernels[transformers]'"
-        ) from error
+        raise InvalidInput(f"{HOST}: transformers 5.17 is needed ({error}). {install}") from error
+    if not __version__.startswith(VERSION):  # 5.23 does not shard the weights of plan values that are not its own
+        raise InvalidInput(f"{HOST}: transformers {VERSION}x is needed, found {__version__}. {install}")
     return ALL_PARALLEL_STYLES

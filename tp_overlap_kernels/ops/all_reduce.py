@@ -14,13 +14,13 @@ from ..memory.arena import Arena
 from ..memory.record import op_code
 from ..memory.turn import stream_of
 from . import reference
+from .arena_words import DTYPE_CODES, of_sentinels
 from .checks import check_apart, check_arena, check_out, check_tensors
 from .execute import plan_for, settle
 from .library import register
 from .prepared import Prepared, recall, remember, sum_key_of
 
 OP = "all_reduce"
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:
@@ -145,19 +145,7 @@ class _IssuedSentinel:
 def _sentinel_launcher(arena: Arena):
     from ..kernels.all_reduce_one_shot_sentinel import SentinelLauncher
 
-    room = arena.layout
-    launcher = arena.cache["sentinel"] = SentinelLauncher(
-        base_table_ptr=arena.heap.data_ptr(),
-        control_ptr=arena.control.data_ptr(),
-        record_ptr=arena.record.words.data_ptr(),
-        sentinel_offset=room.sentinel,
-        sentinel_bytes=room.sentinel_bytes,
-        header_offset=room.header,
-        done_offset=room.done,
-        rank=arena.rank,
-        world_size=arena.world_size,
-        timeout_ns=arena.timeout_ns,
-    )
+    launcher = arena.cache["sentinel"] = SentinelLauncher(**of_sentinels(arena))
     return launcher
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..dispatch import Plan
@@ -20,9 +19,9 @@ from ..kernels.gemm_all_reduce_one_shot_sentinel import MAX_ROWS, SPLITS, Decode
 from ..kernels.gemm_all_reduce_one_shot_sentinel import rows_that_fit as rows_of_tiles
 from ..memory.arena import Arena
 from ..memory.turn import stream_of
+from .arena_words import DTYPE_CODES, of_sentinels
 from .operands import describe
 
-_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
 _MAX_WEIGHTS = 4096  # that an arena remembers
 
 
@@ -47,7 +46,7 @@ def run(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out
         a_map.base.data_ptr(),
         b_map.base.data_ptr(),
         bias is not None,
-        (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], _DTYPE_CODES[a.dtype]),
+        (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
         (plan["block_n"], plan["splits"], plan.get("num_stages") or 0),
         word,
     )
@@ -105,17 +104,5 @@ class IssuedDecode:
 
 
 def _launcher(arena: Arena) -> DecodeLauncher:
-    room = arena.layout
-    launcher = arena.cache["decode"] = DecodeLauncher(
-        base_table_ptr=arena.heap.data_ptr(),
-        control_ptr=arena.control.data_ptr(),
-        record_ptr=arena.record.words.data_ptr(),
-        sentinel_offset=room.sentinel,
-        sentinel_bytes=room.sentinel_bytes,
-        header_offset=room.header,
-        done_offset=room.done,
-        rank=arena.rank,
-        world_size=arena.world_size,
-        timeout_ns=arena.timeout_ns,
-    )
+    launcher = arena.cache["decode"] = DecodeLauncher(**of_sentinels(arena))
     return launcher

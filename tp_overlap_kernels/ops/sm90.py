@@ -17,9 +17,8 @@ from ..kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
 from ..kernels.gemm_collectives import rows_that_fit as rows_of_tiles
 from ..memory.arena import Arena
 from ..memory.turn import stream_of
+from .arena_words import DTYPE_CODES, of_arena
 from .operands import describe
-
-_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 def rows_that_fit(arena: Arena, plan: Plan, N: int) -> int:
@@ -66,7 +65,7 @@ def run(
         a_map.base.data_ptr(),
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
-        (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], _DTYPE_CODES[a.dtype]),
+        (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
         (_schedule(plan), plan["group_m"], plan["lead"], word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
@@ -102,11 +101,7 @@ def _launcher(arena: Arena, op: str) -> GemmCollectiveLauncher:
     room = arena.layout
     launcher = arena.cache[op] = GemmCollectiveLauncher(
         op,
-        base_table_ptr=arena.heap.data_ptr(),
-        control_ptr=arena.control.data_ptr(),
-        record_ptr=arena.record.words.data_ptr(),
-        header_offset=room.header,
-        done_offset=room.done,
+        **of_arena(arena),
         partial_flags_offset=room.partial_flags,
         result_flags_offset=room.result_flags,
         tile_slots=room.tile_slots,
@@ -114,9 +109,6 @@ def _launcher(arena: Arena, op: str) -> GemmCollectiveLauncher:
         staging_slot_bytes=room.staging_slot_bytes,
         result_offset=room.result,
         result_bytes=room.total_bytes - room.result,
-        timeout_ns=arena.timeout_ns,
-        rank=arena.rank,
-        world_size=arena.world_size,
         blocks=arena.programs,
     )
     return launcher

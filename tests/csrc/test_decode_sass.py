@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 
-from tests import ptx
-from tests.csrc.test_sass import CSRC, NVCC, Compiled, opcodes, pytestmark  # noqa: F401
+from tests.csrc.test_sass import Compiled, compiled_alone, opcodes, pytestmark  # noqa: F401
 
 SHAPES = [(cols, groups) for groups in (1, 2) for cols in (8, 16, 32, 64, 128) if (cols, groups) != (128, 2)]
 
 
 @pytest.fixture(scope="module")
 def decode(tmp_path_factory) -> Compiled:
-    folder = tmp_path_factory.mktemp("sass")
-    source = CSRC / "kernels" / "gemm_all_reduce_one_shot_sentinel.cu"
-    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v"]
-    command += [
-        "--keep",
-        "--keep-dir",
-        folder,
-        f"-I{CSRC}",
-        f"-I{CSRC / 'include'}",
-        "-o",
-        folder / "out.cubin",
-        source,
-    ]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    (ptx_file,) = folder.glob("*.ptx")
-    dump = subprocess.run([ptx.CUOBJDUMP, "-sass", folder / "out.cubin"], check=True, capture_output=True, text=True)
-    return Compiled(
-        ptx=dict(re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}\n", ptx_file.read_text(), flags=re.S)),
-        sass=dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump.stdout, flags=re.S)),
-        report=report,
-    )
+    return compiled_alone("gemm_all_reduce_one_shot_sentinel", tmp_path_factory)
 
 
 def entry(listing: dict[str, str], cols: int, groups: int, element: str = "Bf16") -> str:

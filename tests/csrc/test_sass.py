@@ -30,10 +30,10 @@ class Compiled:
         return found
 
 
-@pytest.fixture(scope="module")
-def sentinel(tmp_path_factory) -> Compiled:
+def compiled_alone(kernel: str, tmp_path_factory) -> Compiled:
+    """csrc/kernels/<kernel>.cu for sm_90a."""
     folder = tmp_path_factory.mktemp("sass")
-    source = CSRC / "kernels" / "all_reduce_one_shot_sentinel.cu"
+    source = CSRC / "kernels" / f"{kernel}.cu"
     command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v"]
     command += [
         "--keep",
@@ -53,6 +53,11 @@ def sentinel(tmp_path_factory) -> Compiled:
         sass=dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump.stdout, flags=re.S)),
         report=report,
     )
+
+
+@pytest.fixture(scope="module")
+def sentinel(tmp_path_factory) -> Compiled:
+    return compiled_alone("all_reduce_one_shot_sentinel", tmp_path_factory)
 
 
 def opcodes(sass: str) -> list[str]:

@@ -19,7 +19,8 @@ MIB = 1 << 20
 
 
 def h200(world_size=2, **changes):
-    limits = {"native": True, "one_shot_bytes": 4 * MIB, "sentinel_bytes": MIB}
+    limits = {"native": True, "one_shot_bytes": 4 * MIB, "sentinel_bytes": MIB, "staged_bytes": 64 * MIB}
+    limits |= {"tile_slots": 1 << 16}
     return Topology("NVIDIA H200", "cuda", world_size, **(limits | changes))
 
 
@@ -224,6 +225,8 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("sm90", gemm(AR, 4096), h200(native=False), "the CUDA library is not loaded"),
         ("sm90", gemm(RS, 4096, N=4100), h200(), "N must be a multiple of 8 for the copy engine, got 4100"),
         ("sm90", gemm(AR, 64), cpu("interp"), "no CPU twin"),
+        ("sm90:block_n=64", gemm(AR, 64), h200(), "must be one of 128, 256, got 64"),
+        ("sm90:block_n=256", gemm(AR, 64, N=520), h200(staged_bytes=5 * 65536), "max_M=512 and max_N=768 has"),
         ("chunked", gemm(AR, 8192, world_size=4), h200(4), "world_size=2, not 4"),
         ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
         ("unfused_nccl", gemm(AR, 8192), h200(ranks_per_device=2), "two ranks on one device"),

@@ -44,7 +44,9 @@ def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> No
     import torch.distributed as dist
 
     import tp_overlap_kernels as tpo
+    from tests.ops.judge import count_in_f32
 
+    count_in_f32()
     dist.init_process_group("nccl" if devices >= world_size else "gloo")
     checks = importlib.import_module(f"tests.gpu.{module}")
     for check in checks.CHECKS:

@@ -39,6 +39,15 @@ RULES = {
 }
 
 
+def count_in_f32() -> None:
+    """For a process that is judged by RULES on a GPU: cuBLAS adds the parts of a split K in f32.
+
+    torch lets it add them in the dtype unless told otherwise, a rounding a part that no plan's docstring counts.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def check(ranks, setup: Setup, calls: list[Call], rows_at_once: int | None = None) -> None:
     """Every rank makes the calls in a row; every result is judged. ranks: the fixture."""
     by_rank = ranks(calls[0].case.world_size).run(make_calls, setup, calls)

@@ -114,6 +114,8 @@ class Topology:
     native: bool = False  # the CUDA library of csrc is loaded
     one_shot_bytes: int = 0  # largest message (arena_bytes of a problem) that the one-shot region of the arena holds
     sentinel_bytes: int = 0  # largest message (message_bytes) of the CUDA sentinel kernel
+    staged_bytes: int = 0  # of a rank's share of a call that the arena holds, on its way to the owner and as a sum
+    tile_slots: int = 0  # flags of tiles
 
     def __post_init__(self) -> None:
         if self.backend not in ("cuda", "interp", "ref"):

@@ -60,6 +60,7 @@ TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "nu
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
 # The same for the CUDA kernels, of which two blocks share a column: with few waves of tiles smaller ones, since what is
 # left over when the products end is the exchange of one wave (predicted: 25 us against 12).
+TILE_COLUMNS_SM90 = (128, 256)
 TILES_SM90 = {"block_n": 256, "group_m": 8}
 TILES_FEW_SM90 = {"block_n": 128, "group_m": 8}
 FEW_TILES_SM90 = 4 * 66
@@ -136,7 +137,7 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if topology.backend == "interp" and plan.name in _CUDA_ONLY:
         return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
-    return limit(problem, topology) if limit else None
+    return limit(plan, problem, topology) if limit else None
 
 
 def runnable(problem: Problem, topology: Topology) -> list[str]:
@@ -172,11 +173,11 @@ def _exceeds(needed_bytes: int, region: str, capacity_bytes: int) -> str | None:
     return f"the message of {needed_bytes} bytes exceeds the {region} region of {capacity_bytes} bytes"
 
 
-def _one_shot_limit(problem: Problem, topology: Topology) -> str | None:
+def _one_shot_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.arena_bytes, "one-shot", topology.one_shot_bytes)
 
 
-def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
+def _sentinel_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if not topology.native:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
@@ -184,7 +185,7 @@ def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
 
 
-def _decode_limit(problem: Problem, topology: Topology) -> str | None:
+def _decode_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if not topology.native:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
@@ -195,24 +196,43 @@ def _decode_limit(problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.M * -(-problem.N // 128) * 128 * 2, "sentinel", topology.sentinel_bytes)
 
 
-def _sm90_limit(problem: Problem, topology: Topology) -> str | None:
+def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if not topology.native:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
         return f"the kernels for Hopper take bfloat16 and float16, not {problem.dtype}"
-    return None if problem.N % 8 == 0 else f"N must be a multiple of 8 for the copy engine, got {problem.N}"
+    if problem.N % 8:
+        return f"N must be a multiple of 8 for the copy engine, got {problem.N}"
+    block_n = _complete(plan, problem, topology)["block_n"]
+    if block_n not in TILE_COLUMNS_SM90:
+        return f"block_n must be one of {', '.join(map(str, TILE_COLUMNS_SM90))}, got {block_n}"
+    if rows_of_whole_tiles(problem.N, block_n, topology):
+        return None
+    return (
+        f"the arena has no room for 256 rows a rank in tiles of {block_n} columns at N={problem.N}; "
+        f"init with max_M={256 * topology.world_size} and max_N={-(-problem.N // block_n) * block_n} has"
+    )
 
 
-def _chunked_limit(problem: Problem, topology: Topology) -> str | None:
+def rows_of_whole_tiles(N: int, block_n: int, topology: Topology) -> int:
+    """The most rows of a call that the plan sm90 runs in one piece: 256 a rank at a time. 0: none.
+
+    It stages whole tiles of 128 x block_n, also where a matrix ends within them.
+    """
+    tiles = min(topology.staged_bytes // (128 * block_n * 2), topology.tile_slots // topology.world_size)
+    return topology.world_size * 256 * (tiles // 2 // -(-N // block_n))
+
+
+def _chunked_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     # With more peers their partials would have to be summed before the beta=1 of the own GEMM can add them.
     return None if topology.world_size == 2 else f"chunked works with world_size=2, not {topology.world_size}"
 
 
-def _nccl_limit(problem: Problem, topology: Topology) -> str | None:
+def _nccl_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     return "NCCL refuses two ranks on one device" if topology.ranks_per_device > 1 else None
 
 
-_LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
+_LIMITS: dict[str, Callable[[Plan, Problem, Topology], str | None]] = {
     "one_shot": _one_shot_limit,
     "unfused_one_shot": _one_shot_limit,
     "sentinel": _sentinel_limit,

@@ -42,19 +42,6 @@ class _Args(ctypes.Structure):
     )
 
 
-def rows_that_fit(
-    N: int, cols: int, world_size: int, *, staging_slot_bytes: int, result_bytes: int, tile_slots: int
-) -> int:
-    """The most rows M whose tiles of `cols` columns have room in an arena, for either kernel. Pure.
-
-    Tiles are staged whole, also where a matrix ends within them: 256 rows a rank at a time, N rounded up to `cols`.
-    """
-    pairs_across = -(-N // cols)
-    tiles = min(staging_slot_bytes // TILE_BYTES[cols], result_bytes // (world_size - 1) // TILE_BYTES[cols])
-    pairs_of_owner = min(tiles, tile_slots // world_size) // 2
-    return world_size * 256 * (pairs_of_owner // pairs_across)
-
-
 class GemmCollectiveLauncher:
     """Launches one of the two kernels for one arena. Pointers and sizes are trusted; the op has checked them."""
 

@@ -11,40 +11,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from ..errors import InvalidInput
 from ..kernels.gemm import Schedule
 from ..kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
-from ..kernels.gemm_collectives import rows_that_fit as rows_of_tiles
 from ..memory.arena import Arena
 from ..memory.turn import stream_of
 from .arena_words import DTYPE_CODES, of_arena
 from .operands import describe
-
-
-def rows_that_fit(arena: Arena, plan: Plan, N: int) -> int:
-    """The most rows that one launch can take. Errors: InvalidInput where that is none."""
-    room, W = arena.layout, arena.world_size
-    rows = rows_of_tiles(
-        N,
-        _schedule(plan).cols,
-        W,
-        staging_slot_bytes=room.staging_slot_bytes,
-        result_bytes=room.total_bytes - room.result,
-        tile_slots=room.tile_slots,
-    )
-    if rows < 1:
-        raise InvalidInput(
-            f"plan {str(plan)!r} has no room for its tiles, 256 rows a rank, at N={N}. "
-            f"Call init with max_M of at least {256 * W}, and max_N a multiple of {_schedule(plan).cols} not below N."
-        )
-    return rows
-
-
-def _schedule(plan: Plan) -> Schedule:
-    schedule = SCHEDULES.get(plan["block_n"])
-    if schedule is None:
-        raise InvalidInput(f"plan {str(plan)!r}: block_n must be one of {', '.join(map(str, sorted(SCHEDULES)))}.")
-    return schedule
 
 
 def run(
@@ -66,7 +38,7 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (_schedule(plan), plan["group_m"], plan["lead"], word),
+        (SCHEDULES[plan["block_n"]], plan["group_m"], plan["lead"], word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued

@@ -7,10 +7,12 @@ are exact; and rank against rank, by bits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
 from tests import inputs, tolerance, truth
+from tests.cases import Case
 from tests.ops.calls import Call, Setup, make_calls, out_shape
 from tests.tolerance import Rounding
 from tests.truth import Truth
@@ -117,7 +119,12 @@ def truth_of(call: Call) -> Truth:
         flat = truth.all_reduce(call.case, call.kind, call.number)
         parts = {name: getattr(flat, name).unsqueeze(-2) for name in ("ref", "partials", "magnitude")}
         return dataclasses.replace(flat, **parts)
-    return truth.gemm_all_reduce(call.case, call.kind, call.number, call.bias)
+    return _truth_of_gemm(call.case, call.kind, call.number, call.bias)
+
+
+@functools.lru_cache(maxsize=12)  # one row of calls is often made by several plans
+def _truth_of_gemm(case: Case, kind: str, number: int, bias: bool) -> Truth:
+    return truth.gemm_all_reduce(case, kind, number, bias)
 
 
 def owners(call: Call, rows_at_once: int | None = None) -> torch.Tensor:

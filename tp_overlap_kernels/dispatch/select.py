@@ -26,10 +26,16 @@ ONE_SHOT_MAX_M = 64
 # ... while what a rank sends, (W-1) messages, stays small. Unfused at W=4, N=8192: one-shot ties at M=1, is 5 % behind
 # two-shot at M=16 (768 KiB sent) and 22 % at M=64 (3 MiB). W=2, M=64, N=8192 sends 1 MiB.
 ONE_SHOT_MAX_SENT_BYTES = 1 * MIB
+# The CUDA kernel for decode before it: 9.1 us against 11.0 at N=4096 K=2048 M=16, 61.6 against 62.8 at N=8192 K=14784
+# M=1. At M=64 it wins in three of six layers.
+DECODE_FIRST_MAX_M = 16
 # Between decode and prefill cuBLAS and a collective of ours: the GEMM has too few tiles to hide its epilogues behind.
 # Measured at M=512: level with the fused kernels at N=8192 K=4096 (79.2 us against 79.7), ahead at N=4096 K=7168 (58.8
 # against 65.6).
 UNFUSED_MAX_M = 512
+# The CUDA kernels for Hopper from here on: N=8192 K=4096 M=512 72.7 us against 76 of the Triton one, M=1024 125 against
+# 133. An all-reduce with K=14784 is the exception: 408 against 401 at M=1024.
+SM90_MIN_M = 512
 # The collective then: one-shot up to here between two ranks (M=256, N=8192: 44.6 us with it, 48.6 with two-shot).
 UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
 # Chunked cuBLAS, W=2, needs copies large enough for the copy engine and a GEMM well longer than the transfer, which
@@ -58,13 +64,11 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 # The same where 128 x 256 tiles would leave SMs idle (N=4096, M=512).
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
-# The same for the CUDA kernels, of which two blocks share a column: with few waves of tiles smaller ones, since what is
-# left over when the products end is the exchange of one wave (predicted: 25 us against 12).
+# The CUDA kernels for Hopper. Tiles of 256 columns are up to 3 % faster in a few cases of M=8192, and slower elsewhere.
 TILE_COLUMNS_SM90 = (128, 256)
-TILES_SM90 = {"block_n": 256, "group_m": 8}
-TILES_FEW_SM90 = {"block_n": 128, "group_m": 8}
-FEW_TILES_SM90 = 4 * 66
-LEAD_SM90 = 66  # one wave
+TILES_SM90 = {"block_n": 128, "group_m": 8}
+# Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
+LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
 TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
 # The CUDA decode kernel: as many blocks as there are SMs, or a few less. Above 32 rows of a, tiles of 128 rows of b:
@@ -251,25 +255,30 @@ _LIMITS: dict[str, Callable[[Plan, Problem, Topology], str | None]] = {
 def _gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
     sent_bytes = (problem.world_size - 1) * problem.message_bytes
     if problem.M <= ONE_SHOT_MAX_M and sent_bytes <= ONE_SHOT_MAX_SENT_BYTES:
-        return [
-            ("one_shot", f"M <= {ONE_SHOT_MAX_M} and a rank sends at most {ONE_SHOT_MAX_SENT_BYTES} bytes"),
-            ("unfused_two_shot", "small M"),
-        ]
+        why = f"M <= {ONE_SHOT_MAX_M} and a rank sends at most {ONE_SHOT_MAX_SENT_BYTES} bytes"
+        decode = [("decode", f"M <= {DECODE_FIRST_MAX_M}")] if 0 < problem.M <= DECODE_FIRST_MAX_M else []
+        return [*decode, ("one_shot", why), ("unfused_two_shot", "small M")]
     if problem.M <= UNFUSED_MAX_M:
         why = f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind"
         one_shot = problem.world_size == 2 and problem.message_bytes <= UNFUSED_ONE_SHOT_MAX_BYTES
-        return [("unfused_one_shot", why)] * one_shot + [("unfused_two_shot", why)]
+        return [*_sm90(problem), *[("unfused_one_shot", why)] * one_shot, ("unfused_two_shot", why)]
     chunked = _chunked(problem, CHUNKED_SUM_MIN_BYTES, CHUNKED_SUM_MIN_K)
-    return [*chunked, ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+    return [*chunked, *_sm90(problem), ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
 
 
 def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
     if problem.M <= UNFUSED_MAX_M:
         unfused = ("unfused_push", f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind")
         one_shot = ("one_shot", f"M <= {ONE_SHOT_MAX_M}: a tile of all rows streams the weight once")
-        return [one_shot, unfused] if problem.M <= ONE_SHOT_MAX_M else [unfused]
+        return [one_shot, unfused] if problem.M <= ONE_SHOT_MAX_M else [*_sm90(problem), unfused]
     chunked = _chunked(problem, CHUNKED_SCATTER_MIN_BYTES, CHUNKED_SCATTER_MIN_K)
-    return [*chunked, ("push", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+    return [*_sm90(problem), *chunked, ("push", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+
+
+def _sm90(problem: Problem) -> list[tuple[str, str]]:
+    """Its tiles are whole: with few columns most of each would be padding."""
+    fits = problem.M >= SM90_MIN_M and problem.N >= TILES_SM90["block_n"]
+    return [("sm90", f"M >= {SM90_MIN_M}: copies of a CUDA kernel hide behind its products")] if fits else []
 
 
 def _chunked(problem: Problem, min_bytes: int, min_K: int) -> list[tuple[str, str]]:
@@ -348,8 +357,7 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
     if name == "decode":
         return _decode_params(problem)
     if name == "sm90":
-        tiles = -(-problem.M // TILES_SM90["block_n"]) * -(-problem.N // TILES_SM90["block_n"])  # pairs, 256 x 256
-        return (TILES_SM90 if tiles > FEW_TILES_SM90 else TILES_FEW_SM90) | {"lead": _lead(problem)}
+        return TILES_SM90 | {"lead": -(-LEAD_SM90[problem.op] // (problem.world_size - 1))}
     if problem.op == "all_reduce" or name not in _TILED:
         return {}
     if topology.backend == "interp":
@@ -372,12 +380,3 @@ def _decode_params(problem: Problem) -> dict[str, int]:
     while splits < 8 and 2 * splits * tiles <= DECODE_SMS and problem.K >= 2 * splits * DECODE_MIN_K:
         splits *= 2
     return {"block_n": block_n, "splits": splits}
-
-
-def _lead(problem: Problem) -> int:
-    """Of the plan sm90: after how many of each peer's tiles the own ones begin; 0: last, which is better for L2."""
-    W = problem.world_size
-    # A wave of tiles sends W-1 sums or one partial each; one takes the link as long as a K of 2048 the products.
-    burst = W - 1 if problem.op == "gemm_all_reduce" else 1
-    balanced = problem.op == "gemm_all_reduce" and W == 2  # as much is sent before as after
-    return 0 if balanced or problem.K > 2048 * burst else -(-LEAD_SM90 // (W - 1))

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 4
+#define TPO_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -108,6 +108,37 @@ typedef struct TpoGemmArgs {
  * pair together have 256 rows (ping-pong: 128). */
 enum TpoGemmSchedule { TPO_GEMM_128X256_PAIR = 0, TPO_GEMM_PING_PONG_64X256_PAIR = 1, TPO_GEMM_128X128_PAIR = 2 };
 
+/* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */
+typedef struct TpoTraceInterval {
+  int64_t begin_ns;
+  int64_t end_ns;
+  int32_t step; /* TpoTraceStep */
+  int32_t owner;
+  int32_t tile;
+  int32_t unused;
+} TpoTraceInterval;
+
+enum TpoTraceRole {
+  TPO_TRACE_CONSUMER = 0, /* the first of the warpgroups that multiply */
+  TPO_TRACE_COURIER = 1,
+  TPO_TRACE_COLLECTOR = 2, /* all-reduce only */
+  TPO_TRACE_ROLES = 3
+};
+
+enum TpoTraceStep {
+  TPO_TRACE_MULTIPLY = 1,
+  TPO_TRACE_AWAIT_STAGING = 2, /* consumer: the tile before is still being read from there */
+  TPO_TRACE_AWAIT_PARTIAL = 3, /* consumer: it is not in staging yet */
+  TPO_TRACE_ADD = 4,
+  TPO_TRACE_STAGE = 5,
+  TPO_TRACE_AWAIT_TILE = 6, /* courier: the consumers are not there yet */
+  TPO_TRACE_AWAIT_FLAG = 7, /* courier: of a peer's partial */
+  TPO_TRACE_SEND = 8,       /* courier: until it has been read from staging */
+  TPO_TRACE_PUBLISH = 9,    /* courier: until it has been written, and the flag */
+  TPO_TRACE_AWAIT_SUM = 10, /* collector */
+  TPO_TRACE_COPY = 11       /* collector */
+};
+
 /* The same product, summed over ranks: kernels/gemm_reduce_scatter_push.cu, kernels/gemm_all_reduce_two_shot_push.cu. K is
  * that of one rank. gemm.out: M rows, or this rank's rows [rank * c, min(M, (rank + 1) * c)), c = ceil(M / world_size), of
  * a reduce-scatter. gemm.schedule: not PING_PONG. Offsets and bytes are of the arena, as in memory/layout.py. */
@@ -131,6 +162,8 @@ typedef struct TpoGemmCollectiveArgs {
   int32_t world_size; /* 2..8 */
   int32_t blocks;     /* launch at most so many; at least 2 */
   int32_t lead_tiles; /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
+  TpoTraceInterval* trace; /* device, zeros: blocks x TPO_TRACE_ROLES x trace_intervals; bf16 alone. Null: no trace */
+  int64_t trace_intervals;
 } TpoGemmCollectiveArgs;
 
 int tpo_abi_version(void);

@@ -49,12 +49,12 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   Itinerary<Shape, RowOwners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
     if (work.owner != args.rank) {
-      courier.await_staged();
+      courier.await_staged(work);
       courier.push_partial(work);
     } else {
       courier.fetch_partial(work.tile, 0);
       courier.fetch_other_partials(work.tile);
-      courier.await_staged();
+      courier.await_staged(work);
       if (work.in_sum.row < params.owners.rows_of(args.rank)) courier.store_sum(&params.out, work);
       courier.free_staging();
     }
@@ -113,14 +113,19 @@ cudaError_t prepare() {
   return allow_shared<Shape>(gemm_reduce_scatter_push<Element, Shape>);
 }
 
-template <typename Shape>
+template <typename Shape, typename Traced>
 constexpr CollectiveVariant variant() {
-  return CollectiveVariant{{launch<Bf16, Shape>, launch<Fp16, Shape>}, {prepare<Bf16, Shape>, prepare<Fp16, Shape>}};
+  return CollectiveVariant{{launch<Bf16, Shape>, launch<Fp16, Shape>},
+                           {prepare<Bf16, Shape>, prepare<Fp16, Shape>},
+                           launch<Bf16, Traced>,
+                           prepare<Bf16, Traced>};
 }
 
 // By TpoGemmSchedule. Columns, stages, boxes in transit.
 constexpr CollectiveVariant kVariants[] = {
-    variant<CollectiveShape<256, 3, 0>>(), {}, variant<CollectiveShape<128, 5, 0>>()};
+    variant<CollectiveShape<256, 3, 0>, CollectiveShape<256, 3, 0, true>>(),
+    {},
+    variant<CollectiveShape<128, 5, 0>, CollectiveShape<128, 5, 0, true>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

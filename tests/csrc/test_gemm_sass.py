@@ -97,7 +97,11 @@ def test_no_fence_waits_for_memory_in_the_mainloop(compiled):
 
 def test_the_copy_engine_moves_all_data_and_pairs_share_b(compiled):
     kernels, _, file = compiled
-    for code in kernels.values():
+    traced = [name for name in kernels if "Lb1E" in name]  # they store what they did, too; they serve nobody
+    assert len(traced) == (2 if file in COLLECTIVES else 0)
+    for name, code in kernels.items():
+        if name in traced:
+            continue
         assert len(places(code, "UTMALDG.2D.MULTICAST")) == 1
         assert len(places(code, "UTMALDG.2D")) == 2
         assert places(code, "UTMASTG.2D")

@@ -24,6 +24,7 @@
 #include "api.h"
 #include "tpo/gemm_tile.cuh"
 #include "tpo/signal.cuh"
+#include "tpo/trace.cuh"
 
 namespace tpo {
 
@@ -35,12 +36,13 @@ constexpr int kTransitWarp = 2;
 constexpr int kCollectiveProducerRegisters = 56;
 constexpr int kCollectiveConsumerRegisters = 224;
 
-template <int kTileN_, int kStages_, int kTransitBoxes_>
+template <int kTileN_, int kStages_, int kTransitBoxes_, bool kTraced_ = false>
 struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> {
   using Gemm = GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols>;
   static constexpr uint32_t kTileBytes = Gemm::kStagingBytes;
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
+  static constexpr bool kTraced = kTraced_;
   static constexpr uint32_t kTransitOffset = (Gemm::kSharedBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
   static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (7 + kTransitBoxes) * 8;
@@ -227,11 +229,12 @@ struct Courier {
   bool failed_before;  // the group had: every block knows that by itself
   uint32_t staged_parity = 0;
   uint32_t taken_parity = 0;
+  Trace<Shape::kTraced> trace;
 
   // Begin the call: the epoch, the same in every block. The last block to read it advances it for the next call; the
   // count orders each read before that. Block 0 tells every peer which call this is.
   __device__ Courier(const TpoGemmCollectiveArgs& args, const CollectiveMemory<Shape>& memory, int op)
-      : args(args), memory(memory), op(op) {
+      : args(args), memory(memory), op(op), trace(args, TPO_TRACE_COURIER, true) {
     const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH) + 1;
     failed = failed_before = local_peek_relaxed(args.control + TPO_CONTROL_FAILED) != 0;
     word = call_word(epoch, args.call_hash);
@@ -269,6 +272,8 @@ struct Courier {
       const int64_t* header = header_of(args, args.rank, peer, word >> 16);
       const int64_t* flag = partial_flag(args, peer, args.rank, tile);
       failed = wait(flag, header, who, args.control, args.record, args.timeout_ns) != kOk;
+      trace.of(args.rank, tile);
+      trace.end(TPO_TRACE_AWAIT_FLAG);
     }
     if (failed) {
       put_shared(memory.failed(), 1);
@@ -290,9 +295,11 @@ struct Courier {
     }
   }
 
-  __device__ __forceinline__ void await_staged() {
+  __device__ __forceinline__ void await_staged(const Work& work) {
     barrier_wait(memory.staged(), staged_parity);
     staged_parity ^= 1;
+    trace.of(work.owner, work.tile);
+    trace.end(TPO_TRACE_AWAIT_TILE);
   }
 
   // The stores so far are a group; when they have been read, staging may be written again.
@@ -300,6 +307,7 @@ struct Courier {
     end_store_group();
     wait_stores_read<0>();
     barrier_arrive(memory.free());
+    trace.end(TPO_TRACE_SEND);
   }
 
   // A peer's tile to its owner. Staging is free as soon as it has been read; the flag waits until it has been written.
@@ -313,6 +321,7 @@ struct Courier {
       order_with_tma();
       notify(partial_flag(args, args.rank, work.owner, work.tile), word);
     }
+    trace.end(TPO_TRACE_PUBLISH);
   }
 
   // The sum of an own tile to out.
@@ -355,9 +364,10 @@ struct Epilogue {
   uint32_t staging;          // of this warpgroup
   uint32_t free_parity = 1;  // nothing has been staged yet
   uint32_t partial_parity = 0;
+  Trace<Shape::kTraced>& trace;
 
-  __device__ Epilogue(const CollectiveMemory<Shape>& memory, int consumer)
-      : memory(memory), staging(memory.staging(consumer)) {}
+  __device__ Epilogue(const CollectiveMemory<Shape>& memory, int consumer, Trace<Shape::kTraced>& trace)
+      : memory(memory), staging(memory.staging(consumer)), trace(trace) {}
 
   // All lanes of the warp have come here.
   __device__ __forceinline__ void arrive(uint32_t barrier) {
@@ -368,6 +378,7 @@ struct Epilogue {
   __device__ __forceinline__ void await_free() {
     barrier_wait(memory.free(), free_parity);
     free_parity ^= 1;
+    trace.end(TPO_TRACE_AWAIT_STAGING);
   }
 
   __device__ __forceinline__ void hand_over(const float (&sum)[Shape::kFragment]) {
@@ -377,6 +388,7 @@ struct Epilogue {
     }
     publish_to_tma();
     arrive(memory.staged());
+    trace.end(TPO_TRACE_STAGE);
   }
 
   // The peers' partials, in rank order, to our own product. NaN if one has not come.
@@ -385,6 +397,7 @@ struct Epilogue {
     for (int place = 0; place < world_size - 1; ++place) {
       barrier_wait(memory.partial(), partial_parity);
       partial_parity ^= 1;
+      trace.end(TPO_TRACE_AWAIT_PARTIAL);
       failed = get_shared(memory.failed()) != 0;
       if (!failed) {
 #pragma unroll
@@ -393,6 +406,7 @@ struct Epilogue {
         }
       }
       if (place < world_size - 2) arrive(memory.taken());
+      trace.end(TPO_TRACE_ADD);
     }
     if (failed) {
 #pragma unroll
@@ -428,11 +442,14 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
                                               uint32_t rank_in_cluster) {
   const TpoGemmCollectiveArgs& args = params.args;
   Consumer<Shape> consumer(number, params.k_blocks);
-  Epilogue<Element, Shape> epilogue(memory, number);
+  Trace<Shape::kTraced> trace(args, TPO_TRACE_CONSUMER, threadIdx.x == kWarpgroupThreads);
+  Epilogue<Element, Shape> epilogue(memory, number, trace);
   Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
     float sum[Shape::kFragment];
+    trace.of(work.owner, work.tile);
     multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
+    trace.end(TPO_TRACE_MULTIPLY);
     epilogue.await_free();  // an own tile's partial has then been fetched: only the phase is counted
     if (work.owner == args.rank) {
       epilogue.add_partials(sum, args.world_size);

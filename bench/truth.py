@@ -82,18 +82,15 @@ class Truth:
     def _reference(self, inputs: LayerInputs) -> Reference:
         shape = (len(self.rows), inputs.layer.N)
         fields = [torch.zeros(shape, dtype=torch.float64, device=self.world.device) for _ in range(5)]
-        total, magnitude, products, own, own_products = fields
+        total, magnitude, of_all, own, own_products = fields
         for rank in range(self.world.world_size):
             a64 = inputs.activation(rank)[self.rows].double()  # (S, K_local), or (S, N) of a message
-            w = None if self.message else inputs.weight(rank, 0)
-            for first in range(0, inputs.layer.N, COLUMNS_A_STEP):
-                columns = slice(first, first + COLUMNS_A_STEP)
-                partial, product = _partial(a64, w, columns)
-                total[:, columns] += partial
-                magnitude[:, columns] += partial.abs()
-                products[:, columns] += product
-                if rank == self.world.rank:
-                    own[:, columns], own_products[:, columns] = partial, product
+            partial, product = products(a64, None if self.message else inputs.weight(rank, 0))
+            total += partial
+            magnitude += partial.abs()
+            of_all += product
+            if rank == self.world.rank:
+                own[:], own_products[:] = partial, product
         return Reference(*fields)
 
     def _everything(self, inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,25 +127,30 @@ class Truth:
         bound = tolerance(self.reference, self.K_local, self.world.world_size, self.dtype, rounding)[picked]
         want = (self.reference.own if rounding == PARTIAL else self.reference.total)[picked]
         rows = self.rows[picked]
-        reason = _outside(out[rows - first].double(), want, bound, rows.tolist())
+        reason = outside(out[rows - first].double(), want, bound, rows.tolist())
         if reason is None and self.everything is not None and rounding != PARTIAL:
             total, wide = self.everything
             for step in range(first, end, ROWS_A_STEP):
                 part = slice(step, min(end, step + ROWS_A_STEP))
                 got = out[part.start - first : part.stop - first].float()
-                reason = reason or _outside(got, total[part], wide[part], range(part.start, part.stop))
+                reason = reason or outside(got, total[part], wide[part], range(part.start, part.stop))
         return reason
 
 
-def _partial(a: torch.Tensor, w: torch.Tensor | None, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a @ w.T, |a| @ |w|.T) in float64 for some columns; a message is its own partial, reached without a product."""
+def products(a: torch.Tensor, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a @ w.T, |a| @ |w|.T) in float64, of a in float64; a message (w None) is its own partial, without a product."""
     if w is None:
-        return a[:, columns], torch.zeros_like(a[:, columns])
-    w64 = w[columns].double()
-    return a @ w64.T, a.abs() @ w64.abs().T
+        return a, torch.zeros_like(a)
+    both = [torch.empty((a.shape[0], w.shape[0]), dtype=torch.float64, device=a.device) for _ in range(2)]
+    for first in range(0, w.shape[0], COLUMNS_A_STEP):
+        columns = slice(first, first + COLUMNS_A_STEP)
+        w64 = w[columns].double()
+        both[0][:, columns] = a @ w64.T
+        both[1][:, columns] = a.abs() @ w64.abs().T
+    return both[0], both[1]
 
 
-def _outside(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, rows: list[int] | range) -> str | None:
+def outside(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, rows: list[int] | range) -> str | None:
     """A sentence on the elements further from `want` than `bound`; NaN counts as far."""
     bad = ~((got - want).abs() <= bound)
     count = int(bad.sum())

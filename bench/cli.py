@@ -1,25 +1,35 @@
-"""The command line: run, tune, plot, timeline, explain."""
+"""The command line: run, tune, plot, timeline, explain; one-batch is in models/cli.py."""
 
 from __future__ import annotations
 
 import pathlib
-import shlex
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from . import cases, machine
 from .launch import Topology, prints_here, run_ranks
+from .models.cli import one_batch
+from .options import (
+    Budget,
+    Commit,
+    Device,
+    Dtype,
+    Ranks,
+    RanksPerDevice,
+    Seed,
+    Tp,
+    check_dtype,
+    command_line,
+    refuse,
+)
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Checks and times GEMM + collective ops beside the ways to compute them without this library.",
+    help="Checks and times GEMM + collective ops, and models that use them, beside the ways without this library.",
 )
-complain = Console(stderr=True)
 
 Op = Annotated[list[str] | None, typer.Option("--op", help=f"Repeatable: {', '.join(cases.OPS)}.")]
 Preset = Annotated[
@@ -29,30 +39,6 @@ ExtraLayer = Annotated[
     list[str] | None, typer.Option("--layer", help="A layer of your own: N,K_local or name=N,K_local. Repeatable.")
 ]
 Grid = Annotated[str | None, typer.Option("--m", "--M", help="Values of M, such as 1,16,4096.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")]
-Tp = Annotated[
-    int | None, typer.Option("--tp", min=1, help="Degree of the model's shards; the number of ranks if not given.")
-]
-Ranks = Annotated[
-    int | None, typer.Option("--ranks", "--world-size", min=1, max=8, help="Ranks to start; ignored under torchrun.")
-]
-RanksPerDevice = Annotated[
-    int, typer.Option("--ranks-per-device", min=1, max=8, help="More than 1 puts several ranks on one GPU, over gloo.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cuda or cpu.")]
-Budget = Annotated[
-    float | None,
-    typer.Option("--budget-s", min=0, help="Start no case after this many seconds. What is measured is kept."),
-]
-Seed = Annotated[int, typer.Option("--seed", help="Of the random inputs.")]
-Commit = Annotated[
-    str | None, typer.Option("--commit", help="What to write down as the commit; git is asked otherwise.")
-]
-
-
-def refuse(reason: object) -> typer.Exit:
-    complain.print(f"bench: {reason}", style="red", markup=False, highlight=False)
-    return typer.Exit(2)
 
 
 def chosen_layers(presets: list[str] | None, extra: list[str] | None, default: str, tp: int) -> tuple[cases.Layer, ...]:
@@ -69,16 +55,6 @@ def chosen_ops(ops: list[str] | None, default: tuple[str, ...]) -> tuple[str, ..
     return tuple(ops or default)
 
 
-def check_dtype(dtype: str) -> str:
-    if dtype not in cases.ITEMSIZE:
-        raise ValueError(f"--dtype is one of {', '.join(cases.ITEMSIZE)}, got {dtype!r}")
-    return dtype
-
-
-def command_line() -> str:
-    return shlex.join(["python", "-m", "tp_overlap_kernels.bench", *sys.argv[1:]])
-
-
 def chosen_modes(mode: str | None, topology: Topology, default: str) -> tuple[str, ...]:
     modes = ("graph", "eager") if mode == "both" else (mode or default,)
     for each in modes:
@@ -87,6 +63,9 @@ def chosen_modes(mode: str | None, topology: Topology, default: str) -> tuple[st
         if each == "graph" and topology.device_type == "cpu":
             raise ValueError("--mode graph needs a GPU; CPU ranks run eager")
     return modes
+
+
+app.command("one-batch")(one_batch)
 
 
 @app.command()
@@ -198,13 +177,16 @@ def tune(
 @app.command()
 def plot(
     results: Annotated[
-        pathlib.Path, typer.Argument(help="A file that `run --json` wrote.", exists=True, dir_okay=False)
+        pathlib.Path,
+        typer.Argument(help="Of `run --json` or `one-batch --result-file`.", exists=True, dir_okay=False),
     ],
     out: Annotated[pathlib.Path | None, typer.Option("--out", help="The PNG; by default beside the results.")] = None,
 ) -> None:
-    """Draw time against M, one panel a layer, with the floor."""
-    from .plot import plot as draw
+    """Draw time against M, one panel a layer, with the floor; or, of a .jsonl file, the latency of models."""
+    from .models.plot import plot as draw_models
+    from .plot import plot as draw_layers
 
+    draw = draw_models if results.suffix == ".jsonl" else draw_layers
     try:
         for path in draw(results, out):
             typer.echo(str(path))

@@ -73,6 +73,19 @@ class World:
         self.gather(None)
 
 
+class TimeBudget:
+    """Seconds of a run from now on; None is no end."""
+
+    def __init__(self, world: World, seconds: float | None) -> None:
+        self.world = world
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+
+    def spent(self) -> bool:
+        """Whether they have passed, by rank 0's clock. All ranks must call it."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        return bool(self.world.from_rank_0(late))
+
+
 def under_torchrun() -> bool:
     return dist.is_torchelastic_launched()
 

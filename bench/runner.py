@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import pathlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from . import report
 from .attempts import Attempt, Dropped, Outcome, together
 from .cases import ALL_REDUCE, Case, Layer, cases
 from .inputs import LayerInputs, MessageInputs
-from .launch import World
+from .launch import TimeBudget, World
 from .link import link_gbps
 from .provider import Provider, Session
 from .providers import close, default_names, label, make, recovered
@@ -78,7 +77,7 @@ class Run:
         self.verdicts = Verdicts()
         gc.collect()
         gc.freeze()  # capturing collects garbage each time; what is here by now stays, and need not be looked through
-        self.deadline = None if options.budget_s is None else time.monotonic() + options.budget_s
+        self.budget = TimeBudget(world, options.budget_s)
         self.providers: dict[str, Provider | Outcome] = {}
 
     def provider(self, name: str) -> Provider:
@@ -97,10 +96,6 @@ class Run:
         """The providers asked for; the GEMM alone is always among them, since the floor is made of it."""
         names = list(self.options.providers) or default_names(op, self.world)
         return names if op == ALL_REDUCE or "matmul" in names else ["matmul", *names]
-
-    def out_of_time(self) -> bool:
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        return bool(self.world.from_rank_0(late))
 
     def case(self, case: Case, inputs: LayerInputs, truth: Truth, mode: str) -> list[Row]:
         """Checks, then times, every provider in one case and mode."""
@@ -151,7 +146,7 @@ class Run:
         for kind, ops in by_inputs(options.ops):
             inputs = kind(layer, max(options.grid), DTYPES[options.dtype], self.world, options.seed)
             for M in options.grid:
-                if self.out_of_time():
+                if self.budget.spent():
                     return
                 truth = Truth(inputs, M)
                 for case in cases(ops, layer, [M], options.dtype, self.world.world_size):

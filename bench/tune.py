@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from .attempts import Attempt, Dropped, together
 from .candidates import candidates
 from .cases import ALL_REDUCE, Case, Layer, cases
 from .inputs import LayerInputs
-from .launch import World
+from .launch import TimeBudget, World
 from .provider import Session
 from .providers import Ours, close, recovered
 from .results import describe_run
@@ -213,13 +212,12 @@ def tune(world: World, options: TuneOptions) -> int:
         if isinstance(found, InvalidInput):
             raise found
         state.entries, meta["earlier"] = found
-    begun, reached, empty = time.monotonic(), 0, 0
+    budget, reached, empty = TimeBudget(world, options.budget_s), 0, 0
     total = len(options.layers) * len(options.ops) * len(options.grid)
     with progress_bar(state.console) as progress:
         task = progress.add_task("tuning", total=total)
         for item in work(state):
-            late = options.budget_s is not None and time.monotonic() - begun > options.budget_s
-            if world.from_rank_0(late):
+            if budget.spent():
                 state.console.print(f"the budget of {options.budget_s:g} s is spent; go on with --merge")
                 break
             if item is not None:

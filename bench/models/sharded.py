@@ -46,7 +46,8 @@ def sharded(sizes: ModelSizes, world: World, dtype: torch.dtype, seed: int = 0) 
         for index, (module, name, param) in enumerate(list(_parameters(model))):
             module._parameters[name] = nn.Parameter(_filled(param, world, seed + index), requires_grad=False)
     # Buffers are tables of angles, computed from the config and not loaded.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device=world.device)
+    with world.device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.eval(), mesh
 
 

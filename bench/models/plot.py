@@ -1,0 +1,101 @@
+"""The figure of `one-batch`: the time of each case beside that of `nccl`, one line of panels a model."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from .arms import CEILING, NCCL, OURS
+
+COLOURS = {OURS: "#c1121f", CEILING: "#999999"}
+PANELS = {"prefill_latency": "prefill", "median_decode_latency": "decode step"}
+BAR = 0.38
+IDENTITY = ("model", "layers", "published_layers", "world_size", "batch_size", "input_len", "output_len", "arm")
+
+Line = dict[str, Any]
+
+
+def read_lines(path: pathlib.Path) -> list[Line]:
+    """Lines of a file that `one-batch` has written. Of a case and arm that was measured again the last one counts.
+
+    Errors: ValueError names the file and the line.
+    """
+    kept: dict[tuple[Any, ...], Line] = {}
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            kept[tuple(line[key] for key in IDENTITY)] = line
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}:{number} is no line of one-batch: {type(error).__name__}: {error}") from error
+    return list(kept.values())
+
+
+def plot(results: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib.Path]:
+    """Writes a PNG, `out` or one beside the results. Errors: ValueError where the file holds no times."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed to write a file
+    from matplotlib.figure import Figure
+
+    lines = [line for line in read_lines(results) if "prefill_latency" in line]
+    if not lines:
+        raise ValueError(f"{results} holds no times to plot")
+    models = list(dict.fromkeys(map(_model, lines)))
+    figure = Figure(figsize=(15, 3.6 * len(models) + 0.6), layout="constrained")
+    panels = figure.subplots(len(models), len(PANELS), squeeze=False)
+    for row, model in zip(panels, models, strict=True):
+        mine = [line for line in lines if _model(line) == model]
+        for panel, (field, title) in zip(row, PANELS.items(), strict=True):
+            _panel(panel, beside_nccl(mine, field))
+            panel.set_title(f"{title}: {model}", fontsize=10)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    run = lines[-1]["run"]
+    figure.suptitle(f"time beside nccl's   ({lines[-1]['world_size']} x {run['gpu']})", fontsize=12)
+    path = out or results.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    return [path]
+
+
+def _model(line: Line) -> str:
+    layers, published = line["layers"], line["published_layers"]
+    cut = "" if layers == published else f", {layers} of {published} layers"
+    return f"{line['model']}{cut}, TP={line['world_size']}"
+
+
+def beside_nccl(lines: Iterable[Line], field: str) -> list[tuple[str, dict[str, float]]]:
+    """(label, percent of nccl's time by arm) of each case in which nccl and another arm have the field.
+
+    A prefill does not depend on the tokens that are made after it: cases that differ in nothing else are one.
+    """
+    cases: dict[tuple[int, ...], dict[str, float]] = {}
+    for line in lines:
+        if field in line:
+            key: tuple[int, ...] = (line["batch_size"], line["input_len"])
+            if field != "prefill_latency":
+                key += (line["output_len"],)
+            cases.setdefault(key, {})[line["arm"]] = line[field]
+    found = []
+    for key, seconds in sorted(cases.items()):
+        base = seconds.pop(NCCL, None)
+        if base and seconds:
+            label = f"{key[0]} x {key[1]}" + (f" + {key[2]}" if len(key) > 2 else "") + f"\n{1e3 * base:.3g} ms"
+            found.append((label, {arm: 100 * each / base for arm, each in seconds.items()}))
+    return found
+
+
+def _panel(panel: Any, cases: list[tuple[str, dict[str, float]]]) -> None:
+    for offset, (arm, colour) in zip((-BAR / 2, BAR / 2), COLOURS.items(), strict=True):
+        places = [place + offset for place, (_, percents) in enumerate(cases) if arm in percents]
+        heights = [percents[arm] for _, percents in cases if arm in percents]
+        name = "ceiling: no all-reduce" if arm == CEILING else arm
+        for bar, height in zip(panel.bar(places, heights, BAR, color=colour, label=name), heights, strict=True):
+            panel.annotate(f"{height:.1f}", (bar.get_x() + BAR / 2, height), ha="center", va="bottom", fontsize=7)
+    everything = [percent for _, percents in cases for percent in percents.values()]
+    panel.axhline(100, color="#1d3557", linewidth=1.2)
+    panel.set_ylim(min([80.0, *everything]) - 5, max([102.0, *everything]) + 3)
+    panel.set_xticks(range(len(cases)), [label for label, _ in cases], rotation=60, fontsize=7)
+    panel.set_ylabel("% of nccl's time (below the case)", fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The command line: run, tune, plot, timeline, explain; one-batch is in models/cli.py."""
+"""The command line: run, tune, plot, timeline, explain; one-batch and serving are in models/cli.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from . import cases, machine
 from .launch import Topology, prints_here, run_ranks
-from .models.cli import one_batch
+from .models.cli import one_batch, serving
 from .options import (
     Budget,
     Commit,
@@ -66,6 +66,7 @@ def chosen_modes(mode: str | None, topology: Topology, default: str) -> tuple[st
 
 
 app.command("one-batch")(one_batch)
+app.command("serving")(serving)
 
 
 @app.command()

@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..attempts import Dropped, Outcome, together
 from ..launch import World
+from ..timing import Clock
 from ..truth import AT_EACH_HOP, ONCE, Reference, outside, products, sample_rows, tolerance
-from .arms import OURS, Arms, local_weight
+from .arms import CEILING, OURS, Arms, local_weight
+from .steps import Decode, Prefill
 
 
 @contextlib.contextmanager
@@ -45,6 +48,28 @@ def watched(arms: Arms, arm: str, world: World) -> Iterator[list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def checked_pass(arms: Arms, arm: str, clock: Clock, prefill: Prefill, decode: Decode | None) -> Tensor:
+    """The first tokens of an eager pass, which also compiles and allocates what a capture could not.
+
+    Collective. Dropped on all ranks where a sum is wrong or a rank failed; the sums of the ceiling are not looked at.
+    """
+
+    def passes() -> tuple[Tensor, list[str]]:
+        with arms.active(arm) if arm == CEILING else watched(arms, arm, clock.world) as seen:
+            prefill(arms.model)
+            tokens = prefill.cache.tokens.clone()
+            if decode is not None:
+                decode(arms.model)
+        clock.idle()
+        return tokens, [] if arm == CEILING else seen
+
+    tokens, wrong = together(clock.world, passes)
+    reason = clock.world.agree(wrong[0] if wrong else None)
+    if reason is not None:
+        raise Dropped(Outcome("wrong", reason))
+    return tokens
 
 
 def wrong_sum(x: Tensor, weight: Tensor, out: Tensor, world: World, rounding: str) -> str | None:

@@ -20,7 +20,7 @@ from ..launch import TimeBudget, World
 from ..runner import release
 from ..timing import Effort, Times, Turn, measure
 from .arms import ARMS, CEILING, NCCL
-from .checked import watched
+from .checked import checked_pass
 from .grid import BatchCase
 from .session import ModelOptions, ModelSession, opened
 from .slots import SlotCache
@@ -77,7 +77,9 @@ class OneBatch:
         tokens: dict[str, Tensor] = {}
         for arm, measured in found.items():
             try:
-                tokens[arm] = self._check(arm, prefill, decode if case.decode_steps else None)
+                tokens[arm] = checked_pass(
+                    session.arms, arm, session.clock, prefill, decode if case.decode_steps else None
+                )
                 measured.correct = None if arm == CEILING else True
                 if arm not in known:
                     prefills[arm] = self._turn(arm, recorder, lambda: prefill(session.arms.model), lambda: None, 1)
@@ -101,28 +103,6 @@ class OneBatch:
             if measured.reason is None and arm in known:
                 measured.prefill, measured.same_tokens = known[arm].prefill, known[arm].same_tokens
         return found
-
-    def _check(self, arm: str, prefill: Prefill, decode: Decode | None) -> Tensor:
-        """The first tokens of an eager pass, which also compiles and allocates what a capture could not.
-
-        Dropped where a sum is wrong; the ceiling's are not looked at.
-        """
-        arms, world = self.session.arms, self.session.world
-
-        def passes() -> tuple[Tensor, list[str]]:
-            with arms.active(arm) if arm == CEILING else watched(arms, arm, world) as wrong:
-                prefill(arms.model)
-                tokens = prefill.cache.tokens.clone()
-                if decode is not None:
-                    decode(arms.model)
-            self.session.clock.idle()
-            return tokens, [] if arm == CEILING else wrong
-
-        tokens, wrong = together(world, passes)
-        reason = world.agree(wrong[0] if wrong else None)
-        if reason is not None:
-            raise Dropped(Outcome("wrong", reason))
-        return tokens
 
     def _turn(self, arm: str, recorder: Recorder, call: Step, before: Step, steps: int) -> Turn:
         arms = self.session.arms

@@ -1,4 +1,4 @@
-"""What is captured, replayed and timed of a step. No device: graph, clock and events are stand-ins that keep a diary."""
+"""What is captured, replayed and timed of a step. No device: graph, clock and events are stand-ins with a diary."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from .launch import World
 
+T = TypeVar("T")
 Call = Callable[[torch.Tensor | None], torch.Tensor]  # weight -> result; everything else is bound
 CALLS_A_SAMPLE = 10
 BLOCKER_US = 60.0  # covers the launch of one graph
@@ -112,6 +113,20 @@ class CudaClock:
         torch.cuda.synchronize(self.world.device)
 
 
+def captured(clock: CudaClock, run: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what `run` launches, and what it returned, which replays write anew. pool: of memory, shared."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    clock.idle()
+    try:
+        # Threads of the communication library ask for the state of events meanwhile; only this thread captures.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = run()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
+    return graph, out
+
+
 @dataclass
 class GraphTimed:
     """Calls captured once in a CUDA graph and replayed.
@@ -130,16 +145,13 @@ class GraphTimed:
     @classmethod
     def capture(cls, clock: CudaClock, call: Call, weights: list[torch.Tensor]) -> GraphTimed:
         order = rotation(max(CALLS_A_SAMPLE, len(weights)), max(1, len(weights)))
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        clock.idle()
-        try:
-            # Threads of the communication library ask for the state of events meanwhile; only this thread captures.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                for copy in order:
-                    out = call(weights[copy] if weights else None)
-        finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
+
+        def calls() -> torch.Tensor:
+            for copy in order:
+                out = call(weights[copy] if weights else None)
+            return out
+
+        graph, out = captured(clock, calls)
         return cls(clock, graph, call, len(order), out)
 
     def queue(self) -> Callable[[], float]:

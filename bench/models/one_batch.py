@@ -107,11 +107,11 @@ class OneBatch:
     def _turn(self, arm: str, recorder: Recorder, call: Step, before: Step, steps: int) -> Turn:
         arms = self.session.arms
 
-        def captured() -> Step:
+        def step() -> Step:
             with arms.active(arm):
                 return recorder.step(call)
 
-        timed = StepTimed(self.session.clock, together(self.session.world, captured), before, steps)
+        timed = StepTimed(self.session.clock, together(self.session.world, step), before, steps)
         return Turn(timed, lambda: arms.active(arm), arms.check)
 
     def _drop(self, measured: Measured, outcome: Outcome) -> None:

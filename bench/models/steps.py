@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..timing import Clock, CudaClock
+from ..timing import Clock, CudaClock, captured
 from .slots import SlotCache
 
 Step = Callable[[], Any]
@@ -75,22 +75,13 @@ class Recorder:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.captures = isinstance(clock, CudaClock)
-        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
+        self._pool = torch.cuda.graph_pool_handle() if isinstance(clock, CudaClock) else None
 
     def step(self, call: Step) -> Step:
         """`call`, which has run at least once, so that nothing is compiled or allocated for good under the capture."""
-        if not self.captures:
+        if not isinstance(self.clock, CudaClock):
             return call
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        self.clock.idle()
-        try:
-            # Threads of the communication library ask for the state of events meanwhile; only this thread captures.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                out = call()
-        finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
+        graph, out = captured(self.clock, call, self._pool)
 
         def replay() -> Any:
             graph.replay()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,6 +135,45 @@ def test_a_workload_is_the_same_for_a_seed_and_within_its_bounds():
     # The mean of n exponential gaps has a standard error of 1 / n**0.5 of itself: four of them.
     assert arrivals[0] == 0.0 and gaps.min() > 0 and abs(gaps.mean() * 4.0 - 1) < 4 / len(gaps) ** 0.5
     assert {request.arrival_s for request in SMALL.requests(0)} == {0.0}
+
+
+def test_a_prefill_fills_its_slot_and_no_other():
+    from tp_overlap_kernels.bench.models.serving import ArmEngine, padded
+    from tp_overlap_kernels.bench.models.slots import SlotCache
+    from tp_overlap_kernels.bench.models.steps import Prefill
+
+    cache = SlotCache(sizes_of("tiny"), 2, 3, 64, torch.float32, torch.device("cpu"))
+    inputs = {length: Prefill(cache, 1, length) for length in (32, 16)}
+
+    def step(length: int) -> Any:
+        def run() -> None:
+            seen.append((length, inputs[length].filling.item(), inputs[length].last.item()))
+            cache.tokens[inputs[length].filling] = 40 + length
+
+        return run
+
+    seen: list[tuple[int, int, int]] = []
+    session: Any = types.SimpleNamespace(prompt=lambda batch, tokens, salt: torch.full((batch, tokens), 9 + salt))
+    steps = {length: (each, step(length)) for length, each in inputs.items()}
+    engine = ArmEngine(session, cache, steps, lambda: cache.tokens.add_(1))
+    requests = [Request(0, 0.0, 17, 2), Request(1, 0.0, 5, 2)]
+    engine.prompts(requests)
+    assert [engine.prefill(2, requests[0]), engine.prefill(1, requests[1])] == [72, 56]
+    assert seen == [(32, 2, 16), (16, 1, 4)], "the shortest length that holds the prompt"
+    assert inputs[16].ids[0].tolist() == [10] * 5 + [0] * 11
+    assert engine.decode() == [1, 57, 73]
+    lengths = {padded(tokens, 1000) for tokens in range(1, 1001)}
+    assert len(lengths) == 8 and all(padded(tokens, 1000) >= tokens for tokens in range(1, 1001))
+
+
+def test_rank_0_says_which_requests_have_come():
+    from tp_overlap_kernels.bench.models.serving import RankTimer
+
+    waiting = [Request(0, 0.0, 1, 1), Request(1, 0.0, 1, 1), Request(2, 3600.0, 1, 1)]
+    asked: list[int] = []
+    world: Any = types.SimpleNamespace(barrier=lambda: None, from_rank_0=lambda value: asked.append(value) or 1)
+    assert RankTimer(world, at_once=False).arrived(waiting) == 1 and asked == [2]
+    assert RankTimer(world, at_once=True).arrived(waiting) == 3 and asked == [2], "then no rank need ask"
 
 
 @pytest.mark.parametrize("rate", [math.inf, 200.0], ids=["all at once", "one by one"])

@@ -53,12 +53,12 @@ class Measured:
 
 
 class OneBatch:
-    """One rank's state of the run. `prefills`: by batch and input_len, since they do not depend on output_len."""
+    """One rank's state of the run. `prefills`: (times, same_tokens) by batch and input_len, whatever the output_len."""
 
     def __init__(self, session: ModelSession, options: OneBatchOptions) -> None:
         self.session, self.options = session, options
         self.effort = options.effort or TIMED_MS[session.world.device.type]
-        self.prefills: dict[tuple[int, int], dict[str, Measured]] = {}
+        self.prefills: dict[tuple[int, int], dict[str, tuple[Times, int | None]]] = {}
         self.wrong = self.failed = 0
 
     def case(self, case: BatchCase) -> dict[str, Measured]:
@@ -88,6 +88,7 @@ class OneBatch:
                     first = lambda: cache.positions.fill_(case.input_len)
                     decodes[arm] = self._turn(arm, recorder, lambda: decode(session.arms.model), first, steps)
             except Dropped as dropped:
+                prefills.pop(arm, None)
                 self._drop(measured, dropped.outcome)
         for turns, field in ((prefills, "prefill"), (decodes, "decode")):
             for arm, times, failure in measure(turns, session.clock, self.effort):
@@ -95,13 +96,14 @@ class OneBatch:
                 if times is None:
                     self._drop(found[arm], Outcome("failed", failure or "no time"))
         for arm, turn in prefills.items():
-            if found[arm].prefill is not None:
-                if NCCL in tokens:
-                    found[arm].same_tokens = int((turn.timed.out.argmax(-1) == tokens[NCCL]).sum())
-                known[arm] = found[arm]
+            if (times := found[arm].prefill) is not None:
+                turn.sample(session.clock)  # once more, so that the tokens are this arm's
+                known[arm] = times, int((cache.tokens == tokens[NCCL]).sum()) if NCCL in tokens else None
         for arm, measured in found.items():
-            if measured.reason is None and arm in known:
-                measured.prefill, measured.same_tokens = known[arm].prefill, known[arm].same_tokens
+            if measured.reason is None:
+                measured.prefill, measured.same_tokens = known[arm]
+            else:
+                measured.prefill = measured.decode = None
         return found
 
     def _turn(self, arm: str, recorder: Recorder, call: Step, before: Step, steps: int) -> Turn:
@@ -115,7 +117,7 @@ class OneBatch:
         return Turn(timed, lambda: arms.active(arm), arms.check)
 
     def _drop(self, measured: Measured, outcome: Outcome) -> None:
-        measured.reason, measured.prefill, measured.decode = outcome.reason, None, None
+        measured.reason = outcome.reason
         measured.correct = False if outcome.kind == "wrong" else None
         self.wrong += outcome.kind == "wrong"
         self.failed += outcome.kind != "wrong"

@@ -32,8 +32,12 @@ pytest.importorskip("transformers", "5.17", reason="needs transformers >= 5.17: 
 # ---- tasks, run on every rank
 
 
-def measured(rank: int, world_size: int, path: str, budget_s: float | None, broken: bool) -> int:
-    """The exit code. broken: the arm that is ours leaves the all-reduce out."""
+def no_room(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no room")
+
+
+def measured(rank: int, world_size: int, path: str, budget_s: float | None, broken: str) -> int:
+    """The exit code. broken: the arm that is ours leaves the "sum" out, or "raises"."""
     from tp_overlap_kernels.bench.models import one_batch, session
     from tp_overlap_kernels.bench.timing import Effort
 
@@ -41,14 +45,15 @@ def measured(rank: int, world_size: int, path: str, budget_s: float | None, brok
     opened = session.opened
 
     @contextlib.contextmanager
-    def without_a_sum(*arguments: Any) -> Any:
+    def spoiled(*arguments: Any) -> Any:
         with opened(*arguments) as state:
-            state.arms.forwards["ours"] = state.arms.forwards["ceiling"]
+            without = state.arms.forwards["ceiling"]
+            state.arms.forwards["ours"] = without if broken == "sum" else dict.fromkeys(without, no_room)
             yield state
 
     model = session.ModelOptions(sizes_of("tiny"), max_tokens=64, run_name="mine", budget_s=budget_s, commit="abc")
     options = one_batch.OneBatchOptions(model, CASES, pathlib.Path(path), Effort(1.0, 2, 2))
-    one_batch.opened = without_a_sum if broken else opened  # type: ignore[attr-defined]
+    one_batch.opened = spoiled if broken else opened  # type: ignore[attr-defined]
     try:
         return one_batch.run(ranked.world(rank, world_size), options)
     finally:
@@ -65,7 +70,7 @@ def lines_of(path: pathlib.Path) -> dict[tuple[BatchCase, str], dict[str, Any]]:
 
 def test_every_arm_of_a_case_is_a_line_with_the_keys_of_sglang(ranks, tmp_path):
     path = tmp_path / "out.jsonl"
-    assert ranks(2).run(measured, str(path), None, False, timeout=240) == [0, 0]
+    assert ranks(2).run(measured, str(path), None, "", timeout=240) == [0, 0]
     lines = lines_of(path)
     assert set(lines) == {(case, arm) for case in CASES for arm in ("nccl", "ours", "ceiling")}
     for (case, arm), line in lines.items():
@@ -81,17 +86,24 @@ def test_every_arm_of_a_case_is_a_line_with_the_keys_of_sglang(ranks, tmp_path):
         assert line["prefill_throughput"] == pytest.approx(tokens / line["prefill_latency"])
     shared = [lines[case, "ours"]["prefill_latency"] for case in CASES[1:]]
     assert shared[0] == shared[1], "prefill does not depend on what follows it, and is timed once"
-    assert ranks(2).run(measured, str(path), 0.0, False, timeout=120) == [0, 0]
+    assert ranks(2).run(measured, str(path), 0.0, "", timeout=120) == [0, 0]
     assert len(path.read_text().splitlines()) == len(lines), "a spent budget measures nothing, and keeps what there is"
 
 
-def test_an_arm_with_a_wrong_sum_has_no_times(ranks, tmp_path):
+@pytest.mark.parametrize(
+    "broken, code, correct, says",
+    [("sum", 1, False, "ours: model.layers.0.self_attn.o_proj"), ("raises", 2, None, "RuntimeError: no room")],
+)
+def test_an_arm_that_is_wrong_or_fails_has_no_times_and_the_others_have(ranks, tmp_path, broken, code, correct, says):
     path = tmp_path / "out.jsonl"
-    assert ranks(2).run(measured, str(path), None, True, timeout=120) == [1, 1]
+    assert ranks(2).run(measured, str(path), None, broken, timeout=120) == [code, code]
     for (_, arm), line in lines_of(path).items():
         assert ("prefill_latency" in line) == (arm != "ours")
         if arm == "ours":
-            assert line["correct"] is False and "o_proj" in line["reason"] and "tolerance" in line["reason"]
+            assert line["correct"] is correct and says in line["reason"]
+            assert ("outside the tolerance" in line["reason"]) == (broken == "sum")
+        elif arm == "nccl":
+            assert line["correct"] is True and line["same_tokens"] == line["batch_size"]
 
 
 def a_line(arm: str, prefill: float, decode: float | None = None, **other: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from .arms import CEILING, NCCL, OURS
 
 COLOURS = {OURS: "#c1121f", CEILING: "#999999"}
+LABELS = {OURS: "ours", CEILING: "ceiling: no all-reduce"}
 PANELS = {"prefill_latency": "prefill", "median_decode_latency": "decode step"}
 BAR = 0.38
 IDENTITY = ("model", "layers", "published_layers", "world_size", "batch_size", "input_len", "output_len", "arm")
@@ -52,7 +53,8 @@ def plot(results: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib
             panel.set_title(f"{title}: {model}", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     run = lines[-1]["run"]
-    figure.suptitle(f"time beside nccl's   ({lines[-1]['world_size']} x {run['gpu']})", fontsize=12)
+    legend = "batch x input + output, and what nccl takes"
+    figure.suptitle(f"time beside nccl's   ({lines[-1]['world_size']} x {run['gpu']};  {legend})", fontsize=12)
     path = out or results.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
@@ -87,15 +89,17 @@ def beside_nccl(lines: Iterable[Line], field: str) -> list[tuple[str, dict[str, 
 
 
 def _panel(panel: Any, cases: list[tuple[str, dict[str, float]]]) -> None:
+    """Bars hang from nccl's 100 %: their length is what is saved, or lost above it."""
     for offset, (arm, colour) in zip((-BAR / 2, BAR / 2), COLOURS.items(), strict=True):
         places = [place + offset for place, (_, percents) in enumerate(cases) if arm in percents]
-        heights = [percents[arm] for _, percents in cases if arm in percents]
-        name = "ceiling: no all-reduce" if arm == CEILING else arm
-        for bar, height in zip(panel.bar(places, heights, BAR, color=colour, label=name), heights, strict=True):
-            panel.annotate(f"{height:.1f}", (bar.get_x() + BAR / 2, height), ha="center", va="bottom", fontsize=7)
-    everything = [percent for _, percents in cases for percent in percents.values()]
+        changes = [percents[arm] - 100 for _, percents in cases if arm in percents]
+        panel.bar(places, changes, BAR, bottom=100, color=colour, label=LABELS[arm])
+        for place, change in zip(places, changes, strict=True):
+            side = "bottom" if change > 0 else "top"
+            panel.annotate(f"{100 + change:.1f}", (place, 100 + change), ha="center", va=side, fontsize=7)
+    everything = [100.0] + [percent for _, percents in cases for percent in percents.values()]
     panel.axhline(100, color="#1d3557", linewidth=1.2)
-    panel.set_ylim(min([80.0, *everything]) - 5, max([102.0, *everything]) + 3)
+    panel.set_ylim(min(everything) - 2, max(everything) + 2)
     panel.set_xticks(range(len(cases)), [label for label, _ in cases], rotation=60, fontsize=7)
-    panel.set_ylabel("% of nccl's time (below the case)", fontsize=8)
+    panel.set_ylabel("% of nccl's time", fontsize=9)
     panel.spines[["top", "right"]].set_visible(False)

@@ -185,7 +185,7 @@ def run(world: World, options: OneBatchOptions) -> int:
                 write([line(case, arm, each, name) | session.about for arm, each in found.items()], options.result_path)
         if done < len(options.cases):
             session.console.print(f"{len(options.cases) - done} cases were not measured: the budget was spent.")
-        if options.result_path is not None:
+        if done and options.result_path is not None:
             session.console.print(f"Added to {options.result_path}")
         return WRONG_RESULT if state.wrong else ARM_FAILED if state.failed else 0
 

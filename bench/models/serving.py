@@ -189,8 +189,9 @@ def run(world: World, options: ServingOptions) -> int:
                 session.console.print(spoken(arm, measured[arm].summaries[-1]), markup=False, highlight=False)
         for arm, outcome in state.dropped.items():
             session.console.print(f"{arm}: no times: {outcome.reason}", markup=False, highlight=False)
-        if world.rank == 0 and options.json_path is not None:
-            write_rows(rows(state, measured), options.json_path)
+        made = rows(state, measured)
+        if world.rank == 0 and options.json_path is not None and made:
+            write_rows(made, options.json_path)
             session.console.print(f"Written to {options.json_path}")
         kinds = {outcome.kind for outcome in state.dropped.values()}
         state.engines.clear()

@@ -195,12 +195,13 @@ def test_every_arm_serves_the_workload(ranks, tmp_path, rate):
         assert row["request_rate"] == ("inf" if math.isinf(rate) else rate) and row["run"]["commit"] == "abc"
 
 
-def test_a_spent_budget_leaves_the_file_as_it_is(ranks, tmp_path):
+def test_a_spent_budget_leaves_files_as_they_are(ranks, tmp_path):
     path = tmp_path / "serving.json"
     other = {"model": "m", "layers": 1, "published_layers": 1, "world_size": 2, "arm": "ours"}
     write_rows([other], path)
-    assert ranks(2).run(served, str(path), SMALL, 1, 0.0, timeout=120) == [0, 0]
-    assert read_rows(path) == [other]
+    for each in (path, tmp_path / "new.json"):
+        assert ranks(2).run(served, str(each), SMALL, 1, 0.0, timeout=120) == [0, 0]
+    assert read_rows(path) == [other] and not (tmp_path / "new.json").exists()
 
 
 def test_rows_of_the_same_model_are_replaced_and_others_kept(tmp_path):

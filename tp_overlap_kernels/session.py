@@ -76,7 +76,8 @@ def init(
             f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}) on every rank before the "
             "capture."
         )
-    arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())
+    with torch.device("cpu"):  # engines build models under another default; where we name none, we mean the host
+        arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())
     _tag_compiled_code(arena, True)
     return _describe(arena)
 

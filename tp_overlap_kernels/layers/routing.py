@@ -28,7 +28,7 @@ def counters() -> dict[str, int]:
 
     Layers with nothing to sum (one rank, reduce_results=False) are not counted. A compiled call counts once, when it
     is traced. Reasons: needs_grad, dtype, not_initialised, device, max_N; of layers that an adapter looks after also
-    input, weight, quantised, and those of `integrations.adoption`.
+    input, weight, quantised, and those of `integrations.adoption` and `integrations.engines`.
     """
     return dict(_counts)
 

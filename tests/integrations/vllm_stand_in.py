@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tests.integrations.stand_in import Group, Int8LinearMethod, UnquantizedLinearMethod, installed, pack
+from tp_overlap_kernels.integrations import vllm as adapter
 
 
 class VLLM:
@@ -57,6 +58,15 @@ class VLLM:
         }
         with installed(names):
             yield
+
+    def load_plugins(self) -> None:
+        adapter.register()
+
+    def is_changed(self) -> bool:
+        return bool(self.registry)
+
+    def notes(self) -> dict[str, str]:
+        return (self.config.additional_config or {}).get("tp_overlap", {})
 
 
 def _pluggable_layer(registry: dict[str, type]) -> type:

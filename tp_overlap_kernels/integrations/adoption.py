@@ -86,9 +86,10 @@ class Adopted:
     split_input: bool
     declined: str
 
-    def fuses(self, x: Any, weight: Any, bias: Tensor | None, quantised: bool = False) -> bool:
+    def fuses(self, x: Any, weight: Any, bias: Tensor | None, hindrance: str = "") -> bool:
         """Whether this call goes to the op; counts it. weight, bias: this rank's, [N, K] and [N] or None.
 
+        hindrance: the reason, in a word of `routing.sentence`, why the host knows that it cannot.
         Errors: InvalidInput where it does not and was required to, before any rank enters a collective.
         """
         if self.declined:
@@ -96,7 +97,7 @@ class Adopted:
             return False
         dtype = weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()
         device = x.device.type if isinstance(x, Tensor) else "cpu"
-        reason = self._why_not(x, weight, bias, quantised)
+        reason = hindrance or self._why_not(x, weight, bias)
         # A compiled call must not read the name: the graph would be guarded by it, and each layer need one of its own.
         name = "a compiled linear layer" if torch.compiler.is_compiling() else self.name
         if reason and self.required:
@@ -105,9 +106,7 @@ class Adopted:
         routing.note(reason, name, self.group_name, self.rank, self.N, dtype, device)
         return not reason
 
-    def _why_not(self, x: Any, weight: Any, bias: Tensor | None, quantised: bool) -> str:
-        if quantised:
-            return "quantised"
+    def _why_not(self, x: Any, weight: Any, bias: Tensor | None) -> str:
         if not isinstance(weight, Tensor) or tuple(weight.shape) != (self.N, self.K) or not weight.is_contiguous():
             return "weight"
         # A subclass, such as a DTensor, means more than its numbers.
@@ -175,13 +174,12 @@ def settle(
     weights are loaded and caches are sized. obstacle: (reason, sentence) of what the host itself sees in the way.
     Errors: InvalidInput where the layer must be declined and the op was required; those of `init`.
     """
-    world_size = dist.get_world_size(group) if group else 1
     reason, text = obstacle
-    if world_size == 1:
+    if not reason and (group is None or dist.get_world_size(group) == 1):
         reason, text = "one_rank", "its group has one rank, and there is nothing to sum."
     elif not reason and part.dtype not in routing.FUSED_DTYPES:
         reason, text = "dtype", f"its dtype is {part.dtype}. The op takes torch.bfloat16 and torch.float16."
-    elif not reason and group:
+    elif not reason and group is not None:
         text = _make_room(request, group, part.N, part.dtype)
         reason = "topology" if text else ""
     if reason and request.required:
@@ -189,7 +187,9 @@ def settle(
             f"{request.host}: {name} cannot be fused, and was required to be: {text} "
             "TP_OVERLAP=auto, or required=False, leaves such layers to the framework."
         )
-    rank, group_name = (dist.get_rank(group), group.group_name) if group else (dist.get_rank(), "")
+    rank, world_size, group_name = dist.get_rank(), 1, ""
+    if group is not None:
+        rank, world_size, group_name = dist.get_rank(group), dist.get_world_size(group), group.group_name
     _say(request, name, group_name, rank, part, text)
     return Adopted(name, group_name, rank, world_size, part.N, part.K, request.required, split_input, reason)
 

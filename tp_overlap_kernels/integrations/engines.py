@@ -12,6 +12,9 @@ output_size, input_size_per_partition, params_dtype, input_is_parallel, reduce_r
 | batch_invariant | bits that do not depend on M were asked for, and the op chooses its kernel by M      |
 | two_batches     | two threads call the layers, in an order that the ranks need not share               |
 | compile_cache   | the engine's cache of compiled code could not tell graphs with the op from others    |
+| no_hook         | the engine has not called what was to change the layer's forward                     |
+| other_group     | its columns are divided over other ranks than those that are summed                  |
+| other_sum       | the engine's settings give the sum another form: quantised, or scattered             |
 
 To these come one_rank, dtype and topology (adoption.py). An engine adds what only it can see (vllm.py, sglang.py).
 """
@@ -69,16 +72,16 @@ def settle_row_parallel(
     group: dist.ProcessGroup | None,
     plain: type,
     obstacle: tuple[str, str],
-    owns_sum: bool = False,
+    summed_by: str = "its caller",
 ) -> Adopted:
     """`settle` for an engine's RowParallelLinear. plain: the quant method of weights that are not quantised.
 
     group: of the ranks that the layer is divided over; None where it is whole on each. obstacle: of the engine's
-    settings, for all layers. owns_sum: the adapter has seen to it that whoever owes the sum of a layer with
-    reduce_results=False takes the layer's output for it.
+    settings, for all layers. summed_by: who owes the sum of a layer with reduce_results=False; empty where the adapter
+    has taken it over.
     """
-    if module.reduce_results is False and not owns_sum:
-        obstacle = ("reduce_results", "reduce_results=False: its partial is summed elsewhere.")
+    if not module.reduce_results and summed_by:
+        obstacle = ("reduce_results", f"reduce_results=False: its partial is summed by {summed_by}.")
     elif not module.input_is_parallel:
         obstacle = ("whole_input", "input_is_parallel=False, and the op takes this rank's columns.")
     elif type(module.quant_method) is not plain:
@@ -87,9 +90,12 @@ def settle_row_parallel(
     return settle(request, name, group, part, obstacle)
 
 
-def fused_output(layer: Adopted, module: nn.Module, x: Any) -> Tensor | None:
-    """The sum of a call, with the bias unless the module skips it; None where the engine is to run the call."""
+def fused_output(layer: Adopted, module: nn.Module, x: Any, hindrance: str = "") -> Tensor | None:
+    """The sum of a call, with the bias unless the module skips it; None where the engine is to run the call.
+
+    hindrance: as `Adopted.fuses` takes it.
+    """
     # Looked up in each call: weights are loaded after the decision, and engines empty, move and replace them.
     parameters = module._parameters
     weight, bias = parameters.get("weight"), None if module.skip_bias_add else parameters.get("bias")
-    return layer(x, weight, bias) if layer.fuses(x, weight, bias) else None
+    return layer(x, weight, bias) if layer.fuses(x, weight, bias, hindrance) else None

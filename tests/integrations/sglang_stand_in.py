@@ -118,7 +118,13 @@ class SGLang:
         self.registry = Registry(broken)
         self.mlp_reduce_scatter = mlp_reduce_scatter
         names = {
-            "parallel": {"attn_dp_size": 1, "attn_cp_size": 1, "pp_size": 1, "moe_dense_tp_size": None}
+            "parallel": {
+                "tp_group": group,
+                "attn_dp_size": 1,
+                "attn_cp_size": 1,
+                "pp_size": 1,
+                "moe_dense_tp_size": None,
+            }
             | {"enable_layernorm_sp": False, "enable_attn_tp_input_scattered": False},
             "comm": {
                 "enable_quant_communications": False,
@@ -192,7 +198,8 @@ def _row_parallel_linear(engine: SGLang) -> Any:
         ) -> None:
             super().__init__()
             self.parallel_group = parallel_group
-            self.tp_group = None if parallel_group == "replicated" else engine.group
+            others = SimpleNamespace(world_size=4, rank_in_group=engine.group.rank_in_group)
+            self.tp_group = {"replicated": None, "shared_experts_tp": others}.get(parallel_group or "tp", engine.group)
             self.use_dp_attention_reduce = use_dp_attention_reduce
             self.tp_rank, self.tp_size = 0, 1
             if self.tp_group is not None:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import tp_overlap_kernels as tpo
-from tests.integrations.engine_cases import BF16, Case, K, N, call, engine, prepare
+from tests.integrations.engine_cases import BF16, Case, K, N, call, engine, prepare, same
+from tests.integrations.engine_cases import run as run_layer
 from tests.integrations.sglang_stand_in import DECODERS, SGLang
 from tests.integrations.surroundings import environment, heard, integers
 from tp_overlap_kernels.errors import InvalidInput
@@ -142,6 +143,12 @@ def test_where_the_op_is_required_what_cannot_be_taken_over_is_an_error(ranks, d
     for text, sums, counted, _ in ranks(2).run(run, decoder, "1"):
         assert "cannot be fused, and was required to be: " in text and decoder.said in text
         assert sums == 0 and counted == {}, "before any call"
+
+
+@pytest.mark.parametrize("layer", [{"parallel_group": "attn_tp"}, {"use_dp_attention_reduce": True}], ids=str)
+def test_attentions_group_is_the_tensor_parallel_one_by_another_name(ranks, layer):
+    for seen in ranks(2).run(run_layer, SGLang, Case("", layer=layer)):
+        assert same(seen.ours, seen.theirs) and seen.counted == {"fused": 1} and seen.our_sums == 0
 
 
 @pytest.mark.parametrize(

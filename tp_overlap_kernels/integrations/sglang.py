@@ -162,6 +162,7 @@ class Plugin:
     ) -> Any:
         """Around a layer's forward, whose arguments these are."""
         from sglang.srt.layers.moe.utils import should_skip_mlp_all_reduce
+        from sglang.srt.runtime_context import get_parallel
 
         layer = getattr(module, "tp_overlap", None)
         if layer is None:
@@ -173,7 +174,7 @@ class Plugin:
         if output is not None:
             return output, module.bias if module.skip_bias_add else None
         output, bias = original(module, input_, skip_all_reduce, forward_batch, output_tensor)
-        return module.tp_group.all_reduce(output) if owns_sum else output, bias
+        return get_parallel().tp_group.all_reduce(output) if owns_sum else output, bias
 
 
 def _exists(name: str) -> bool:
@@ -199,13 +200,19 @@ def _token_budget() -> int:
 
 
 def _group_of(module: Any) -> tuple[Any, tuple[str, str]]:
-    """The ProcessGroup over which the layer is divided, and what is in the way of summing over it."""
+    """The ProcessGroup over which the layer is divided, and what is in the way of summing over it.
+
+    Without data- and context-parallel attention, which `_obstacle` rules out, all sums are over the tensor-parallel
+    group; attention's groups are the same ranks under other names.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
     if module.tp_group is None or module.tp_group.world_size == 1:
         return None, ("", "")
-    group = getattr(module.tp_group, "device_group", None)
-    if group is None or module.parallel_group not in (None, "tp") or module.use_dp_attention_reduce:
+    parts, whole = module.tp_group, get_parallel().tp_group
+    if (parts.world_size, parts.rank_in_group) != (whole.world_size, whole.rank_in_group):
         return None, ("other_group", "it is divided over other ranks than the tensor-parallel group that sums it.")
-    return group, ("", "")
+    return whole.device_group, ("", "")
 
 
 def _obstacle() -> tuple[str, str]:

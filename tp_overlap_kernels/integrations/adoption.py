@@ -174,14 +174,7 @@ def settle(
     weights are loaded and caches are sized. obstacle: (reason, sentence) of what the host itself sees in the way.
     Errors: InvalidInput where the layer must be declined and the op was required; those of `init`.
     """
-    reason, text = obstacle
-    if not reason and (group is None or dist.get_world_size(group) == 1):
-        reason, text = "one_rank", "its group has one rank, and there is nothing to sum."
-    elif not reason and part.dtype not in routing.FUSED_DTYPES:
-        reason, text = "dtype", f"its dtype is {part.dtype}. The op takes torch.bfloat16 and torch.float16."
-    elif not reason and group is not None:
-        text = _make_room(request, group, part.N, part.dtype)
-        reason = "topology" if text else ""
+    reason, text = obstacle if obstacle[0] else _obstacle(request, group, part)
     if reason and request.required:
         raise InvalidInput(
             f"{request.host}: {name} cannot be fused, and was required to be: {text} "
@@ -192,6 +185,16 @@ def settle(
         rank, world_size, group_name = dist.get_rank(group), dist.get_world_size(group), group.group_name
     _say(request, name, group_name, rank, part, text)
     return Adopted(name, group_name, rank, world_size, part.N, part.K, request.required, split_input, reason)
+
+
+def _obstacle(request: Request, group: dist.ProcessGroup | None, part: Part) -> tuple[str, str]:
+    """(reason, sentence), both empty where there is none, and then there is room for the layer."""
+    if group is None or dist.get_world_size(group) == 1:
+        return "one_rank", "its group has one rank, and there is nothing to sum."
+    if part.dtype not in routing.FUSED_DTYPES:
+        return "dtype", f"its dtype is {part.dtype}. The op takes torch.bfloat16 and torch.float16."
+    text = _make_room(request, group, part.N, part.dtype)
+    return ("topology" if text else ""), text
 
 
 def _make_room(request: Request, group: dist.ProcessGroup, N: int, dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ..errors import InvalidInput
-from .problem import ITEMSIZE, PLAN_NAMES, Plan, Problem, Topology
+from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
 KIB, MIB = 1024, 1024 * 1024
@@ -42,6 +42,8 @@ SENTINEL_MAX_BYTES = 256 * KIB
 # One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
 # which pay two barriers; ours pays one exchange (3.0 us at 256 KiB), so the crossing is put one step higher.
 ONE_SHOT_ALL_REDUCE_MAX_BYTES = 512 * KIB
+# Sum and norm in one launch up to where the sum alone is one-shot; nobody has measured it.
+ONE_SHOT_NORM_MAX_BYTES = ONE_SHOT_ALL_REDUCE_MAX_BYTES
 # The interpreter has no speed to choose by: both kernels get their share of shapes, as on the device.
 INTERP_ONE_SHOT_MAX_M = 32
 INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
@@ -89,7 +91,7 @@ def select(problem: Problem, topology: Topology, table: Table | None = None, for
     """The plan for `problem`, with every kernel parameter filled in.
 
     forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
-    the op counts ("two_shot;push" forces all three ops). Parameters left open take the defaults of this file.
+    the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file.
     Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
     """
     return decide(problem, topology, table, forced).plan
@@ -108,15 +110,26 @@ def decide(problem: Problem, topology: Topology, table: Table | None = None, for
     looked_at = [(plan, why_not(plan, problem, topology)) for plan in measured]
     source = "table"
     if all(reason for _, reason in looked_at):
-        looked_at += [(plan, why_not(plan, problem, topology)) for plan in rule_of_thumb(problem, topology)]
+        looked_at += [(plan, why_not(plan, problem, topology)) for plan in _by_rule(problem, topology, table)]
         source = "rule"
     plan = next(plan for plan, reason in looked_at if reason is None)
     return Decision(_complete(plan, problem, topology), source, tuple(looked_at))
 
 
+def _by_rule(problem: Problem, topology: Topology, table: Table | None) -> list[Plan]:
+    """`rule_of_thumb`; for an op with a norm one launch for both where that is small, then what its sum gets."""
+    if problem.op not in SUM_OF:
+        return rule_of_thumb(problem, topology)
+    of_sum = [
+        dataclasses.replace(plan, why=f"the sum: {plan.why}", us=None)
+        for plan, _ in decide(problem.sum, topology, table).candidates
+    ]
+    return of_sum if _only_plan(topology) else [*_one_launch_norm(problem, topology), *of_sum]
+
+
 def _one_launch_first(problem: Problem, measured: list[Plan]) -> list[Plan]:
     """The same plans; at decode those of one launch first that are nearly as fast as the fastest."""
-    if problem.op == "all_reduce" or problem.M > ONE_SHOT_MAX_M or not measured:
+    if problem.op not in ("gemm_all_reduce", "gemm_reduce_scatter") or problem.M > ONE_SHOT_MAX_M or not measured:
         return measured
     enough = WORTH_A_LAUNCH * (measured[0].us or 0.0)
     return sorted(measured, key=lambda plan: not (plan.name in ONE_LAUNCH and (plan.us or 0.0) <= enough))
@@ -136,7 +149,7 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if topology.backend == "interp" and plan.name in _CUDA_ONLY:
         return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
-    return limit(problem, topology) if limit else None
+    return limit(_served(plan.name, problem), topology) if limit else None
 
 
 def runnable(problem: Problem, topology: Topology) -> list[str]:
@@ -155,6 +168,12 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 
 # ---- what a plan needs
+
+
+def _served(name: str, problem: Problem) -> Problem:
+    """What the plan's sum serves: the call without its norm, where that is a launch of its own."""
+    return problem.sum if problem.op in SUM_OF and not name.endswith("_norm") else problem
+
 
 _CUDA_ONLY = ("decode", "sm90", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
 _TILED = ("one_shot", "two_shot", "push")
@@ -215,6 +234,8 @@ def _nccl_limit(problem: Problem, topology: Topology) -> str | None:
 _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
     "one_shot": _one_shot_limit,
     "unfused_one_shot": _one_shot_limit,
+    "one_shot_norm": _one_shot_limit,
+    "unfused_one_shot_norm": _one_shot_limit,
     "sentinel": _sentinel_limit,
     "unfused_sentinel": _sentinel_limit,
     "decode": _decode_limit,
@@ -265,6 +286,14 @@ def _all_reduce(problem: Problem) -> list[tuple[str, str]]:
     if problem.message_bytes <= SENTINEL_MAX_BYTES:
         ways.insert(0, ("sentinel", f"at most {SENTINEL_MAX_BYTES // KIB} KiB"))
     return ways
+
+
+def _one_launch_norm(problem: Problem, topology: Topology) -> list[Plan]:
+    limit = INTERP_ONE_SHOT_MAX_BYTES if topology.backend == "interp" else ONE_SHOT_NORM_MAX_BYTES
+    if problem.message_bytes > limit:
+        return []
+    name = "one_shot_norm" if problem.op == "all_reduce_add_rms_norm" else "unfused_one_shot_norm"
+    return [Plan(name, why=f"at most {limit // KIB} KiB: sum and norm in one launch")]
 
 
 def _interp_gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
@@ -318,7 +347,7 @@ def _forced(problem: Problem, topology: Topology, forced: str) -> Plan:
 
 
 def _complete(plan: Plan, problem: Problem, topology: Topology) -> Plan:
-    return plan.with_defaults(default_params(plan.name, problem, topology))
+    return plan.with_defaults(default_params(plan.name, _served(plan.name, problem), topology))
 
 
 def default_params(name: str, problem: Problem, topology: Topology) -> dict[str, int]:

@@ -4,6 +4,7 @@ forms, ranks that are late or never come."""
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tests.ops.norms import (
     invoke,
     operands,
 )
+from tp_overlap_kernels.ops import norm_launches
 
 ONE_LAUNCH = {SUM: "one_shot_norm", GEMM: "unfused_one_shot_norm"}
 TWO_LAUNCHES = [(op, plan) for op, plans in CPU_PLANS.items() for plan in plans if plan not in ONE_LAUNCH.values()]
@@ -165,6 +167,21 @@ def sum_of(rank, world_size, setup, rows):
         ]
 
 
+def test_eps_counts(ranks):
+    """Rows of ones with eps 3 are halved, rows of zeros stay zeros."""
+    for setup in (Setup("ref"), Setup("interp", "one_shot_norm"), Setup("interp", "two_shot")):
+        for halves, zeros in ranks(2).run(of_ones_and_zeros, setup):
+            assert halves.eq(torch.arange(40) / 2).all() and zeros.eq(0).all()
+
+
+def of_ones_and_zeros(rank, world_size, setup):
+    prepare_arena(setup)
+    x, weight = torch.ones(2, 40, dtype=BF16) / 2, torch.arange(40).to(BF16)
+    op = torch.ops.tp_overlap.all_reduce_add_rms_norm
+    with tpo.cpu_backend(setup.backend), tpo.force_plan(setup.plan), torch.inference_mode():
+        return [op(x, x * minus - x, weight, eps, group_name())[0] for minus, eps in ((1, 3.0), (-1, EPS))]
+
+
 def test_a_nan_stays_in_its_row(ranks):
     for setup in (Setup("ref"), Setup("interp", "one_shot_norm"), Setup("interp", "two_shot")):
         for y, new_residual in ranks(2).run(with_a_nan, setup):
@@ -185,6 +202,36 @@ def test_without_a_peer_both_results_are_nan(ranks, op, plan):
     error, outs = ranks(2).run(call_alone, op, plan)[0]
     assert error.startswith(f"PeerTimeout {op}: rank 0 waited for rank 1")
     assert all(out.isnan().all() for out in outs)
+
+
+@pytest.mark.parametrize("op, plan", ONE_LAUNCH.items())
+def test_chunks_before_one_that_failed_are_nan_too(ranks, op, plan):
+    """Rank 1 ends after the first of three chunks."""
+    error, outs = ranks(2).run(fail_in_the_second_chunk, op, plan)[0]
+    assert error == "PeerTimeout" and all(out.isnan().all() for out in outs)
+
+
+def fail_in_the_second_chunk(rank, world_size, op, plan):
+    arena = prepare_arena(Setup())
+    arena.timeout_s, arena.layout = 0.3, dataclasses.replace(arena.layout, one_shot_tiles=16)
+    call, error, chunks = call_of(op, with_op(op, Case(40, 24, 0, BF16, 2, "")), IN_PLACE), "", []
+    tensors = operands(call, rank)
+
+    def launch(*args):
+        chunks.append(args)
+        if rank == 0 or len(chunks) == 1:
+            real(*args)
+
+    real = norm_launches._all_reduce_add_rms_norm
+    try:
+        with mock.patch.object(norm_launches, "_all_reduce_add_rms_norm", launch), torch.inference_mode():
+            with tpo.cpu_backend("interp"), tpo.force_plan(plan):
+                invoke(call, tensors, rank)
+    except tpo.TpOverlapError as raised:
+        error = type(raised).__name__
+    barrier()
+    tpo.close()
+    return error, [tensors[-2]] if op == GEMM else tensors[:2]
 
 
 def call_alone(rank, world_size, op, plan):

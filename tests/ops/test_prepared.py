@@ -15,7 +15,17 @@ from tp_overlap_kernels import errors
 from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.lang.launch import Launch
 from tp_overlap_kernels.memory import arena as arenas
-from tp_overlap_kernels.ops import all_reduce, checks, gemm_all_reduce, gemm_reduce_scatter, launches, prepared
+from tp_overlap_kernels.ops import (
+    all_reduce,
+    all_reduce_add_rms_norm,
+    checks,
+    gemm_all_reduce,
+    gemm_all_reduce_add_rms_norm,
+    gemm_reduce_scatter,
+    launches,
+    norm_launches,
+    prepared,
+)
 
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
 M, N, K = 24, 96, 64
@@ -178,6 +188,50 @@ def test_a_known_all_reduce_of_strided_input_reads_a_copy(fused):
     for _ in range(2):
         torch.ops.tp_overlap.all_reduce(x, "local")
         assert fused.sentinel.calls[-1][0] != x.data_ptr()
+
+
+NORMS = [(all_reduce_add_rms_norm, "one_shot_norm"), (gemm_all_reduce_add_rms_norm, "unfused_one_shot_norm")]
+
+
+@pytest.mark.parametrize(("module", "plan"), NORMS, ids=[plan for _, plan in NORMS])
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in place"])
+def test_a_known_call_with_a_norm(fused, monkeypatch, module, plan, in_place):
+    """Launched once the ordinary way; again with the addresses of its own tensors."""
+    fused.plan(module, plan)
+    ordinary, ops, kept = [], torch.ops.tp_overlap, []
+    counted = functools.partial(_counted, norm_launches.all_reduce_add_rms_norm, ordinary)
+    monkeypatch.setattr(norm_launches, "all_reduce_add_rms_norm", counted)
+    for _ in range(3):
+        given = _inputs() if module is gemm_all_reduce_add_rms_norm else (torch.zeros(M, N, dtype=torch.bfloat16),)
+        residual, weight = torch.zeros(M, N, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.bfloat16)
+        if in_place:
+            y = torch.zeros(M, N, dtype=torch.bfloat16) if len(given) == 2 else given[0]
+            results = y, residual
+            getattr(ops, module.OP + "_out")(*given, residual, weight, 1e-5, "local", *results)
+        else:
+            results = getattr(ops, module.OP)(*given, residual, weight, 1e-5, "local")
+        x = results[0] if len(given) == 2 else given[0]
+        addresses = [tensor.data_ptr() for tensor in (x, residual, weight, *results)]
+        assert fused.calls[-1][:5] == addresses and 1e-5 in fused.calls[-1]
+        kept.append((given, residual, weight, results))  # so that every call has addresses of its own
+    assert fused.planned == len(ordinary) == 1 and len(fused.calls) == 3
+
+
+@pytest.mark.parametrize("which", range(5), ids=["x", "residual", "weight", "y", "new_residual"])
+def test_a_call_with_a_norm_never_sees_odd_addresses(fused, which):
+    """Known or not: else the order in which squares are added would depend on where a rank's tensors lie."""
+    fused.plan(all_reduce_add_rms_norm, "one_shot_norm")
+    for offset in (1, 0, 0, 1, 3):
+        shapes, tensors = [(M, N), (M, N), (N,), (M, N), (M, N)], []
+        for i, shape in enumerate(shapes):
+            memory = torch.ones(torch.Size(shape).numel() + 8, dtype=torch.bfloat16)
+            first = offset if i == which else 0
+            tensors.append(memory[first : first + torch.Size(shape).numel()].view(shape))
+        *given, y, new_residual = tensors
+        torch.ops.tp_overlap.all_reduce_add_rms_norm_out(*given, 1e-5, "local", y, new_residual)
+        launched, own = fused.calls[-1][:5], [tensor.data_ptr() for tensor in tensors]
+        assert not any(address % 16 for address in launched)
+        assert [i for i in range(5) if launched[i] != own[i]] == [which] * (offset > 0)
 
 
 UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_two_shot")]

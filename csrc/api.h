@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 4
+#define TPO_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -33,6 +33,19 @@ typedef struct TpoAllReduceArgs {
   int32_t dtype;        /* 0 bf16, 1 fp16 */
   int32_t data_threads; /* of a block, one vector of 16 bytes each: a multiple of 32 up to 512; 0: chosen */
 } TpoAllReduceArgs;
+
+/* An all-reduce, a residual and an RMS norm; kernels/all_reduce_one_shot_sentinel_add_rms_norm.cu. All but pointers must
+ * be equal on all ranks. */
+typedef struct TpoAllReduceNormArgs {
+  TpoAllReduceArgs sum; /* x: M x H; out: y, may be x itself; n_elems: M * H; data_threads is not looked at */
+  const void* residual; /* M x H */
+  const void* weight;   /* H elements */
+  void* new_residual;   /* M x H; may be residual itself */
+  float eps;
+  int32_t M;
+  int32_t H;            /* up to 8192; M * H * 2, with H rounded up to 8, must not exceed sentinel_bytes */
+  int32_t launch_ahead; /* not 0: its blocks may come before the kernel before it on the stream has ended, and wait */
+} TpoAllReduceNormArgs;
 
 /* One GEMM + all-reduce for few rows; kernels/gemm_all_reduce_one_shot_sentinel.cu. All but a, b, bias, out and `start`
  * must be equal on all ranks. */
@@ -74,7 +87,7 @@ enum TpoRecord {
   TPO_RECORD_ABORT = 0, /* written by the host: bit 0 ends all waits, bit TPO_RECORD_ABORT_PEER + r those for rank r */
   TPO_RECORD_STATE = 1, /* 0 nothing, 2 complete */
   TPO_RECORD_CODE = 2,  /* TpoFailure */
-  TPO_RECORD_OP = 3,    /* 1 gemm_all_reduce, 2 gemm_reduce_scatter, 3 all_reduce */
+  TPO_RECORD_OP = 3,    /* 1 gemm_all_reduce, 2 gemm_reduce_scatter, 3 all_reduce; with a norm behind it: 4 and 5 */
   TPO_RECORD_RANK = 4,
   TPO_RECORD_PEER = 5,
   TPO_RECORD_TILE = 6,
@@ -143,6 +156,12 @@ int tpo_prepare(int world_size);
 
 /* out = sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
 int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream);
+
+/* Loads the kernels of tpo_all_reduce_one_shot_sentinel_add_rms_norm for groups of world_size ranks, 2..8. */
+int tpo_all_reduce_one_shot_sentinel_add_rms_norm_prepare(int world_size);
+
+/* new_residual = sum over ranks of x + residual; y = its RMS norm. M = 0 or H = 0 launches nothing. */
+int tpo_all_reduce_one_shot_sentinel_add_rms_norm(const TpoAllReduceNormArgs* args, void* cuda_stream);
 
 /* Loads the kernels of tpo_gemm_all_reduce_decode onto the current device, and lets them have their shared memory. */
 int tpo_gemm_all_reduce_decode_prepare(void);

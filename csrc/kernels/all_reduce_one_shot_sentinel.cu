@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMaxDataThreads + kWatchers)
   const bool agreed = __syncthreads_and(status == kOk);
   if (has_data) store_vec(args.out, index, args.n_elems, agreed ? total : splat(kNan));
   // 5. all of out, if this call failed here; if the group had failed before it, every block knows by itself
-  if (!agreed && !call.failed) spoil(args);
+  if (!agreed && !call.failed) spoil(args.out, args.n_elems);
 }
 
 // ---- the launcher -------------------------------------------------------------------------------------------------

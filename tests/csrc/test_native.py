@@ -14,6 +14,7 @@ import torch
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import NativeLibraryError, TpOverlapError
 from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel as sentinel
+from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel_add_rms_norm as sentinel_norm
 from tp_overlap_kernels.kernels import gemm, gemm_collectives
 from tp_overlap_kernels.kernels import gemm_all_reduce_one_shot_sentinel as decode
 
@@ -48,6 +49,7 @@ def test_python_and_header_name_the_same_abi():
     ("name", "mirror"),
     [
         ("TpoAllReduceArgs", sentinel._Args),
+        ("TpoAllReduceNormArgs", sentinel_norm._Args),
         ("TpoGemmArgs", gemm.Args),
         ("TpoGemmCollectiveArgs", gemm_collectives._Args),
         ("TpoGemmAllReduceDecodeArgs", decode._Args),

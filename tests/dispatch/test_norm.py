@@ -22,6 +22,12 @@ def rows(M, H=8192, world_size=2):
 @pytest.mark.parametrize(
     ("problem", "topology", "name"),
     [
+        pytest.param(rows(16), h200(), "sentinel_norm", id="exactly 256 KiB"),
+        pytest.param(rows(16), h200(native=False), "one_shot_norm", id="no CUDA library"),
+        pytest.param(rows(1, 8193), h200(), "one_shot_norm", id="a row too long for a block"),
+        pytest.param(rows(100, 9), h200(sentinel_bytes=3200), "sentinel_norm", id="rows of 9 take 16"),
+        pytest.param(rows(100, 9), h200(sentinel_bytes=3199), "one_shot_norm", id="1800 bytes would fit"),
+        pytest.param(rows(17), h200(), "one_shot_norm", id="one row more than 256 KiB"),
         pytest.param(rows(32), h200(), "one_shot_norm", id="exactly 512 KiB"),
         pytest.param(rows(33), h200(), "two_shot", id="one row more"),
         pytest.param(rows(1), h200(one_shot_bytes=KIB, native=False), "two_shot", id="an arena too small"),
@@ -29,7 +35,8 @@ def rows(M, H=8192, world_size=2):
         pytest.param(rows(5), cpu("interp"), "two_shot", id="interpreted, one row more"),
         pytest.param(rows(5), cpu("ref"), "ref", id="the CPU reference"),
         pytest.param(rows(5, world_size=1), h200(1), "local", id="one rank"),
-        pytest.param(gemm(GEMM, 32), h200(), "unfused_one_shot_norm", id="decode"),
+        pytest.param(gemm(GEMM, 16), h200(), "unfused_sentinel_norm", id="decode"),
+        pytest.param(gemm(GEMM, 32), h200(), "unfused_one_shot_norm", id="decode of more rows"),
         pytest.param(gemm(GEMM, 33), h200(), "one_shot", id="one row more: the sum's own plan"),
         pytest.param(gemm(GEMM, 4096), h200(), "two_shot", id="prefill"),
         pytest.param(gemm(GEMM, 8192, K=14784), h200(), "chunked", id="prefill with a very long GEMM"),
@@ -50,7 +57,7 @@ def test_a_table_of_the_sum_serves_its_norm():
     assert str(plan) == tiles and plan.us is None
     text = str(explain_text(gemm(GEMM, 4096), h200(), measured))
     assert "the sum: measured" in text and "400" not in text
-    assert select(gemm(GEMM, 16), h200(), measured).name == "unfused_one_shot_norm"
+    assert select(gemm(GEMM, 16), h200(), measured).name == "unfused_sentinel_norm"
     assert select(rows(1000), h200(), measured).name == "two_shot"
 
 
@@ -73,6 +80,9 @@ def test_every_plan_of_the_sum_can_be_forced_as_for_the_sum(op):
     [
         (rows(65), h200(one_shot_bytes=1 << 20), "one_shot_norm", "1064960 bytes exceeds the one-shot region"),
         (gemm(GEMM, 65), h200(one_shot_bytes=1 << 20), "unfused_one_shot_norm", "exceeds the one-shot region"),
+        (rows(1, 8200), h200(), "sentinel_norm", "rows of up to 8192 elements, not 8200"),
+        (rows(1), h200(native=False), "sentinel_norm", "the CUDA library is not loaded"),
+        (rows(1), cpu("interp"), "sentinel_norm", "no CPU twin"),
         (gemm(GEMM, 1), h200(), "one_shot_norm", f"not a plan of {GEMM}"),
         (rows(1), h200(ranks_per_device=2), "nccl", "two ranks on one device"),
         (gemm("gemm_all_reduce", 1), h200(), "unfused_one_shot_norm", "not a plan of gemm_all_reduce"),

@@ -36,8 +36,8 @@ _SUMS = {
 SUM_OF = {"gemm_all_reduce_add_rms_norm": "gemm_all_reduce", "all_reduce_add_rms_norm": "all_reduce"}
 PLAN_NAMES = {
     **_SUMS,
-    "gemm_all_reduce_add_rms_norm": ("unfused_one_shot_norm", *_SUMS["gemm_all_reduce"]),
-    "all_reduce_add_rms_norm": ("one_shot_norm", *_SUMS["all_reduce"]),
+    "gemm_all_reduce_add_rms_norm": ("unfused_one_shot_norm", "unfused_sentinel_norm", *_SUMS["gemm_all_reduce"]),
+    "all_reduce_add_rms_norm": ("one_shot_norm", "sentinel_norm", *_SUMS["all_reduce"]),
 }
 OPS = tuple(PLAN_NAMES)
 _ANYWHERE = ("local", "ref")

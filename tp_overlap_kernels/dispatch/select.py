@@ -42,8 +42,9 @@ SENTINEL_MAX_BYTES = 256 * KIB
 # One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
 # which pay two barriers; ours pays one exchange (3.0 us at 256 KiB), so the crossing is put one step higher.
 ONE_SHOT_ALL_REDUCE_MAX_BYTES = 512 * KIB
-# Sum and norm in one launch up to where the sum alone is one-shot; nobody has measured it.
-ONE_SHOT_NORM_MAX_BYTES = ONE_SHOT_ALL_REDUCE_MAX_BYTES
+# Sum and norm in one launch where the sum alone would be one; nobody has measured it.
+SENTINEL_NORM_MAX_BYTES, ONE_SHOT_NORM_MAX_BYTES = SENTINEL_MAX_BYTES, ONE_SHOT_ALL_REDUCE_MAX_BYTES
+SENTINEL_NORM_MAX_N = 8192  # a block has one row, two vectors a thread
 # The interpreter has no speed to choose by: both kernels get their share of shapes, as on the device.
 INTERP_ONE_SHOT_MAX_M = 32
 INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
@@ -175,7 +176,10 @@ def _served(name: str, problem: Problem) -> Problem:
     return problem.sum if problem.op in SUM_OF and not name.endswith("_norm") else problem
 
 
-_CUDA_ONLY = ("decode", "sm90", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
+_CUDA_ONLY = (
+    *("decode", "sm90", "sentinel", "unfused_sentinel", "sentinel_norm", "unfused_sentinel_norm"),
+    *("nccl", "unfused_nccl"),
+)
 _TILED = ("one_shot", "two_shot", "push")
 
 
@@ -201,6 +205,13 @@ def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
     if ITEMSIZE[problem.dtype] != 2:
         return f"the sentinel kernel takes bfloat16 and float16, not {problem.dtype}"
     return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
+
+
+def _sentinel_norm_limit(problem: Problem, topology: Topology) -> str | None:
+    if problem.N > SENTINEL_NORM_MAX_N:
+        return f"the sentinel kernel norms rows of up to {SENTINEL_NORM_MAX_N} elements, not {problem.N}"
+    whole_vectors = dataclasses.replace(problem, N=-(-problem.N // 8) * 8)
+    return _sentinel_limit(whole_vectors, topology)
 
 
 def _decode_limit(problem: Problem, topology: Topology) -> str | None:
@@ -238,6 +249,8 @@ _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
     "unfused_one_shot_norm": _one_shot_limit,
     "sentinel": _sentinel_limit,
     "unfused_sentinel": _sentinel_limit,
+    "sentinel_norm": _sentinel_norm_limit,
+    "unfused_sentinel_norm": _sentinel_norm_limit,
     "decode": _decode_limit,
     "sm90": _sm90_limit,
     "chunked": _chunked_limit,
@@ -289,11 +302,12 @@ def _all_reduce(problem: Problem) -> list[tuple[str, str]]:
 
 
 def _one_launch_norm(problem: Problem, topology: Topology) -> list[Plan]:
-    limit = INTERP_ONE_SHOT_MAX_BYTES if topology.backend == "interp" else ONE_SHOT_NORM_MAX_BYTES
-    if problem.message_bytes > limit:
-        return []
-    name = "one_shot_norm" if problem.op == "all_reduce_add_rms_norm" else "unfused_one_shot_norm"
-    return [Plan(name, why=f"at most {limit // KIB} KiB: sum and norm in one launch")]
+    ways = [("sentinel_norm", SENTINEL_NORM_MAX_BYTES), ("one_shot_norm", ONE_SHOT_NORM_MAX_BYTES)]
+    if topology.backend == "interp":
+        ways = [("one_shot_norm", INTERP_ONE_SHOT_MAX_BYTES)]
+    unfused = "" if problem.op == "all_reduce_add_rms_norm" else "unfused_"
+    why = "at most {} KiB: sum and norm in one launch"
+    return [Plan(unfused + name, why=why.format(most // KIB)) for name, most in ways if problem.message_bytes <= most]
 
 
 def _interp_gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:

@@ -83,7 +83,7 @@ def _run(
         return None
     H = x.shape[-1]
     plan, word = plan_for(arena, OP, x.numel() // H, H, 0, x.dtype, False)
-    call = Prepared(arena.turn, partial(_issue, arena, plan, word, eps), y)
+    call = Prepared(arena.turn, partial(_issue, arena, plan, word, eps), y, any_address=plan.name == "sentinel_norm")
     with arena.turn:
         issued = call.issue(x, residual, weight, y, new_residual)
     call.learn_norm(issued, x=x, residual=residual, weight=weight, y=y, new_residual=new_residual)
@@ -118,6 +118,10 @@ def sum_and_norm(arena: Arena, plan: Plan, x: Tensor, rows: Norm, word: int, op:
         from . import norm_launches
 
         return norm_launches.all_reduce_add_rms_norm(arena, x, rows, word)
+    if plan.name == "sentinel_norm":
+        from . import sentinel_norm
+
+        return sentinel_norm.run(arena, x, rows, word)
     if plan.name == "ref":
         total = torch.empty(x.shape, dtype=torch.float32)
         reference.all_reduce(arena, x.contiguous().view(-1), total.view(-1), word, op)

@@ -100,7 +100,9 @@ def _run(
     if y.numel() == 0:
         return None
     plan, word = plan_for(arena, OP, y.numel() // N, N, K, a.dtype, bias is not None)
-    call = Prepared(arena.turn, partial(_issue, arena, plan, word, eps), y)
+    call = Prepared(
+        arena.turn, partial(_issue, arena, plan, word, eps), y, any_address=plan.name == "unfused_sentinel_norm"
+    )
     with arena.turn:
         issued = call.issue(a, b, bias, residual, weight, y, new_residual)
     call.learn_norm(issued, x=y, residual=residual, weight=weight, y=y, new_residual=new_residual)

@@ -29,11 +29,6 @@ CPU_PLANS = {
     SUM: ("one_shot_norm", "one_shot", "two_shot"),
     GEMM: ("unfused_one_shot_norm", "one_shot", "two_shot", "chunked", "unfused_two_shot"),
 }
-# The sum is rounded with the residual in it. On one rank too, but for a GEMM's: a product is rounded as such.
-ONE_ROUNDING = {
-    (SUM, "local"),
-    *((op, plan) for op in CPU_PLANS for plan in ("ref", f"{'unfused_' * (op == GEMM)}one_shot_norm")),
-}
 FRESH, OUT, IN_PLACE = "fresh", "out", "in place"
 
 
@@ -115,7 +110,7 @@ def invoke(call: NormCall, tensors: list[torch.Tensor], rank: int) -> tuple[torc
     given, bias = tensors[:fixed], tensors[fixed:]
     if call.form == FRESH:
         return getattr(ops, call.op)(*given, EPS, group_name(), *bias)
-    y, new_residual = (torch.full(call.shape, NAN, dtype=call.case.dtype) for _ in range(2))
+    y, new_residual = (torch.full(call.shape, NAN, dtype=call.case.dtype, device=given[0].device) for _ in range(2))
     if call.form == IN_PLACE:
         y, new_residual = given[0] if call.op == SUM else y, given[-2]
     getattr(ops, call.op + "_out")(*given, EPS, group_name(), y, new_residual, *bias)
@@ -195,7 +190,8 @@ def check_sum(call: NormCall, plan: str, new_residual: torch.Tensor, residual: t
         return
     truth, bound = of_sums.allowed(of_sum, plan.removesuffix("_norm"), truth, inputs.bias(case, of_sum.number), rows)
     u, slack = torch.finfo(case.dtype).eps / 2, 1 + 2.0**-6
-    if (call.op, plan) in ONE_ROUNDING:
+    # The sum is rounded with the residual in it. On one rank too, but for a GEMM's: a product is rounded as such.
+    if plan == "ref" or plan.endswith("_norm") or (call.op, plan) == (SUM, "local"):
         bound = bound - slack * u * truth.ref.abs()
     smallest = torch.finfo(case.dtype).smallest_normal * 2 * u if case.dtype == FP16 else 0.0
     ref = truth.ref + residual.double().reshape(truth.ref.shape)
@@ -222,7 +218,7 @@ def check_norm(y: torch.Tensor, new_residual: torch.Tensor, weight: torch.Tensor
 
 
 CASES = [
-    Case(16, 64, 0, BF16, 2, "more rows than programs"),
+    Case(8, 64, 0, BF16, 2, "more rows than programs"),
     Case(1, 4096, 0, BF16, 2, "one row"),
     Case(3, 41, 0, FP16, 2, "odd H, fp16"),
     Case(5, 203, 0, BF16, 2, "ragged H"),

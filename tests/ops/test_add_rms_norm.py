@@ -120,12 +120,11 @@ def at_odd_addresses(rank, world_size, backend, offset):
     return y.clone(), new_residual.clone()
 
 
-@pytest.mark.parametrize("op, plan", ONE_LAUNCH.items())
-@pytest.mark.parametrize("rows", [17, 40])
-def test_more_rows_than_there_are_flags(ranks, op, plan, rows):
-    """Chunks of 16 rows, the last one short."""
+@pytest.mark.parametrize("op, rows", [(SUM, 9), (SUM, 16), (GEMM, 20)])
+def test_more_rows_than_there_are_flags(ranks, op, rows):
+    """Chunks of 8 rows, the last one short."""
     case = with_op(op, Case(rows, 41, 0, BF16, 2, "chunks"))
-    check(ranks, Setup("interp", plan), in_a_row(op, case)[1:4], flags=16)
+    check(ranks, Setup("interp", ONE_LAUNCH[op]), in_a_row(op, case)[1:4], flags=8)
 
 
 def test_more_rows_than_the_arena_holds(ranks):
@@ -133,11 +132,10 @@ def test_more_rows_than_the_arena_holds(ranks):
     check(ranks, Setup("interp", "two_shot", max_M=40, max_N=80), in_a_row(GEMM, case)[:2], rows_at_once=40)
 
 
-@pytest.mark.parametrize("op", CPU_PLANS)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("op, world_size", [(SUM, 3), (GEMM, 2)])
 def test_a_late_rank_is_waited_for(ranks, op, world_size):
     case = with_op(op, Case(4, 40, 0, BF16, world_size, "late"))
-    late = [rank for rank in range(world_size) for _ in range(3)]
+    late = [rank for rank in range(world_size) for _ in range(2)]
     calls = [call_of(op, case, kind="integer", number=number, late_rank=rank) for number, rank in enumerate(late)]
     check(ranks, Setup("interp", jitter_s=0.001), calls)
 
@@ -206,15 +204,15 @@ def test_without_a_peer_both_results_are_nan(ranks, op, plan):
 
 @pytest.mark.parametrize("op, plan", ONE_LAUNCH.items())
 def test_chunks_before_one_that_failed_are_nan_too(ranks, op, plan):
-    """Rank 1 ends after the first of three chunks."""
+    """Rank 1 ends after the first of two chunks."""
     error, outs = ranks(2).run(fail_in_the_second_chunk, op, plan)[0]
     assert error == "PeerTimeout" and all(out.isnan().all() for out in outs)
 
 
 def fail_in_the_second_chunk(rank, world_size, op, plan):
     arena = prepare_arena(Setup())
-    arena.timeout_s, arena.layout = 0.3, dataclasses.replace(arena.layout, one_shot_tiles=16)
-    call, error, chunks = call_of(op, with_op(op, Case(40, 24, 0, BF16, 2, "")), IN_PLACE), "", []
+    arena.timeout_s, arena.layout = 0.3, dataclasses.replace(arena.layout, one_shot_tiles=8)
+    call, error, chunks = call_of(op, with_op(op, Case(12, 24, 0, BF16, 2, "")), IN_PLACE), "", []
     tensors = operands(call, rank)
 
     def launch(*args):

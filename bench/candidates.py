@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case
+from .cases import ALL_REDUCE, ALL_REDUCE_NORM, GEMM_ALL_REDUCE, GEMM_ALL_REDUCE_NORM, GEMM_REDUCE_SCATTER, Case
 
 ANY = 1 << 30
 
@@ -115,6 +115,12 @@ CANDIDATES: dict[str, list[Candidate]] = {
     ],
     ALL_REDUCE: [Candidate("one_shot"), Candidate("two_shot"), Candidate("sentinel"), Candidate("nccl")],
 }
+CANDIDATES[ALL_REDUCE_NORM] = [Candidate("one_shot_norm"), Candidate("sentinel_norm"), *CANDIDATES[ALL_REDUCE]]
+CANDIDATES[GEMM_ALL_REDUCE_NORM] = [
+    Candidate("unfused_one_shot_norm", most_M=1024),
+    Candidate("unfused_sentinel_norm", most_M=64),
+    *CANDIDATES[GEMM_ALL_REDUCE],
+]
 
 
 def candidates(case: Case) -> list[str]:

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
-from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case
+from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_ALL_REDUCE_NORM, GEMM_REDUCE_SCATTER, MESSAGES, OPS, SUM_OF, Case
 from .launch import World
+from .norm import EPS, norm_operands
+from .norm_providers import NORMS
 from .provider import Provider, Session, weight_of
 from .timing import Call
-from .torch_providers import UNFUSED
+from .torch_providers import UNFUSED as SUMS
 from .truth import AT_EACH_HOP, ONCE, PARTIAL
 
+UNFUSED = SUMS | NORMS
 LEAST_MAX_M = 8192  # what tpo.init takes where nothing is said
 ARENA = "arena"  # what the session calls it
 INTERPRETER_LIMIT = 8_000_000  # multiply-adds of a case: above, interpreted kernels take seconds a call
@@ -30,7 +33,7 @@ INTERPRETED_ROWS = 32  # of a tile: fewer rows cost as much
 class Matmul(Provider):
     """The GEMM alone: this rank's partial, summed over nobody."""
 
-    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER)
+    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMM_ALL_REDUCE_NORM)
     rounding = PARTIAL
 
     def prepare(self, case: Case, a: torch.Tensor) -> Call:
@@ -40,7 +43,7 @@ class Matmul(Provider):
 class Ours(Provider):
     """The library's functional ops, results in fresh tensors. `plan` None lets it choose."""
 
-    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_REDUCE)
+    ops = OPS
     equal_bits = True
     fused = True
 
@@ -68,9 +71,14 @@ class Ours(Provider):
             work = max(case.M, INTERPRETED_ROWS) * case.N * max(case.K_local, 1)
             self.decline_unless(work <= INTERPRETER_LIMIT, "too large to interpret")
         group_name = self.world.group_name
-        if case.op == ALL_REDUCE:
-            return lambda w: torch.ops.tp_overlap.all_reduce(a, group_name)
         op = getattr(torch.ops.tp_overlap, case.op)
+        if case.op in SUM_OF:
+            residual, weight = norm_operands(case.layer, case.M, a.dtype, a.device)
+            if case.op in MESSAGES:
+                return lambda w: op(a, residual, weight, EPS, group_name)
+            return lambda w: op(a, w, residual, weight, EPS, group_name)
+        if case.op == ALL_REDUCE:
+            return lambda w: op(a, group_name)
         return lambda w: op(a, w, group_name)
 
     def plan(self, case: Case) -> str | None:
@@ -146,11 +154,14 @@ def recovered(session: Session) -> bool:
 def default_names(op: str, world: World) -> list[str]:
     """What `run` compares for an op where the user named nothing."""
     if world.device.type == "cpu":
-        return ["ref", "interp", "matmul", "matmul+gloo"] if op != ALL_REDUCE else ["ref", "interp", "copy+gloo"]
-    names = ["ours"] + (["matmul"] if op != ALL_REDUCE else [])
-    if world.world_size == 1:
+        names = ["ref", "interp"]
+    else:
+        names = ["ours"]
+    if op not in MESSAGES:
+        names.append("matmul")
+    if world.world_size == 1 and world.device.type != "cpu":
         return names
-    return names + [name for name, kind in UNFUSED.items() if op in kind.ops and kind.for_device == "cuda"]
+    return names + [name for name, kind in UNFUSED.items() if op in kind.ops and kind.for_device == world.device.type]
 
 
 def label(name: str) -> str:

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tp_overlap_kernels as tpo
 from tests.cases import BF16, FP16, Case, on
@@ -28,7 +29,7 @@ from tests.ops.norms import (
     invoke,
     operands,
 )
-from tp_overlap_kernels.ops import norm_launches
+from tp_overlap_kernels.ops import norm_launches, unfused
 
 ONE_LAUNCH = {SUM: "one_shot_norm", GEMM: "unfused_one_shot_norm"}
 TWO_LAUNCHES = [(op, plan) for op, plans in CPU_PLANS.items() for plan in plans if plan not in ONE_LAUNCH.values()]
@@ -54,6 +55,25 @@ def test_one_launch(ranks, case):
 @pytest.mark.parametrize("case", [CASES[3], CASES[8]], ids=str)
 def test_one_launch_behind_a_product(ranks, case):
     check(ranks, Setup("interp", "unfused_one_shot_norm"), in_a_row(GEMM, with_op(GEMM, case)))
+
+
+@pytest.mark.parametrize("op", CPU_PLANS)
+def test_it_equals_its_unfused_program(ranks, op):
+    """Sums are exact; y is rounded once here and twice there."""
+    for (y, new_residual), (their_y, theirs) in ranks(2).run(beside_unfused, op):
+        assert torch.equal(new_residual, theirs)
+        u = torch.finfo(BF16).eps / 2
+        assert ((y - their_y).abs().double() <= (1 + 2.0**-6) * 3 * u * y.abs().double()).all() and y.abs().max() > 1
+
+
+def beside_unfused(rank, world_size, op):
+    prepare_arena(Setup())
+    call = call_of(op, with_op(op, RAGGED), kind="integer", bias=op == GEMM)
+    tensors = operands(call, rank)
+    fixed = 4 if op == GEMM else 3
+    with torch.inference_mode():
+        theirs = getattr(unfused, op)(*tensors[:fixed], EPS, dist.group.WORLD, *tensors[fixed:])
+        return invoke(call, tensors, rank), theirs
 
 
 @pytest.mark.parametrize("op, plan", TWO_LAUNCHES)

@@ -41,20 +41,20 @@ def with_op(op: str, case: Case) -> Case:
     return case if op == SUM else dataclasses.replace(case, N=min(case.N, 1003), K=24)
 
 
-@pytest.mark.parametrize("op", CPU_PLANS)
 @pytest.mark.parametrize("case", [*CASES, *(on(RAGGED, W) for W in (1, 8))], ids=lambda x: f"{x}-W{x.world_size}")
-def test_ref(ranks, op, case):
-    check(ranks, Setup("ref"), in_a_row(op, with_op(op, case)))
+def test_ref(ranks, case):
+    for op in CPU_PLANS if case.why == RAGGED.why else (SUM,):
+        check(ranks, Setup("ref"), in_a_row(op, with_op(op, case)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_launch(ranks, case):
-    check(ranks, Setup("interp", "one_shot_norm"), in_a_row(SUM, case))
+    check(ranks, Setup("interp", "one_shot_norm"), in_a_row(SUM, case)[::2])
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[8]], ids=str)
 def test_one_launch_behind_a_product(ranks, case):
-    check(ranks, Setup("interp", "unfused_one_shot_norm"), in_a_row(GEMM, with_op(GEMM, case)))
+    check(ranks, Setup("interp", "unfused_one_shot_norm"), in_a_row(GEMM, with_op(GEMM, case))[::2])
 
 
 @pytest.mark.parametrize("op", CPU_PLANS)
@@ -78,7 +78,7 @@ def beside_unfused(rank, world_size, op):
 
 @pytest.mark.parametrize("op, plan", TWO_LAUNCHES)
 def test_the_sum_and_then_the_norm(ranks, op, plan):
-    check(ranks, Setup("interp", plan), in_a_row(op, with_op(op, RAGGED)))
+    check(ranks, Setup("interp", plan), in_a_row(op, with_op(op, RAGGED))[1:4])
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[6]], ids=str)
@@ -94,13 +94,13 @@ def test_what_dispatch_chooses(ranks, op):
     check(ranks, Setup("interp", max_M=64), [call_of(op, case, kind="integer") for case in cases])
 
 
-@pytest.mark.parametrize("op, plan", [*ONE_LAUNCH.items(), (SUM, "two_shot"), (SUM, None)])
+@pytest.mark.parametrize("op, plan", [*ONE_LAUNCH.items(), (SUM, None)])
 def test_inputs_of_any_strides(ranks, op, plan):
     """The kernels assume rows at multiples of 16 bytes: the op has to notice, and copy."""
     aligned = with_op(op, Case(6, 64, 0, FP16, 2, "aligned"))
     calls = [
-        call_of(op, aligned, form, number=number, layout=layout)
-        for number, (layout, form) in enumerate((layout, form) for layout in LAYOUTS for form in ("fresh", IN_PLACE))
+        call_of(op, aligned, ("fresh", IN_PLACE)[number % 2], number=number, layout=layout)
+        for number, layout in enumerate([*LAYOUTS, *LAYOUTS][1:-4])
     ]
     check(ranks, Setup("interp", plan) if plan else Setup("ref"), calls)
 
@@ -215,7 +215,7 @@ def with_a_nan(rank, world_size, setup):
         return torch.ops.tp_overlap.all_reduce_add_rms_norm(x, residual, weight, EPS, group_name())
 
 
-@pytest.mark.parametrize("op, plan", [*ONE_LAUNCH.items(), (SUM, "two_shot"), (GEMM, "one_shot"), (SUM, None)])
+@pytest.mark.parametrize("op, plan", [(SUM, "one_shot_norm"), (GEMM, "one_shot"), (SUM, None)])
 def test_without_a_peer_both_results_are_nan(ranks, op, plan):
     error, outs = ranks(2).run(call_alone, op, plan)[0]
     assert error.startswith(f"PeerTimeout {op}: rank 0 waited for rank 1")

@@ -43,7 +43,8 @@ MOVERS = {
     ("all_reduce", "two_shot"): "all_reduce_two_shot_push",
     (norms.SUM, "one_shot_norm"): "all_reduce_one_shot_push_add_rms_norm",
 }
-PLANS = [(op, plan, W) for op, plan in MOVERS for W in (2, 3, 4) if W == 2 or plan != "chunked"]
+WORLDS = {"chunked": (2,), "one_shot_norm": (2, 3)}  # which exchanges as one_shot does
+PLANS = [(op, plan, W) for op, plan in MOVERS for W in WORLDS.get(plan, (2, 3, 4))]
 
 # (M, N, most programs of a grid) of each call, by the number of ranks
 SEQUENCES = {
@@ -92,7 +93,7 @@ def find_races(ranks, calls: list[Call | NormCall], programs: list[int], broken:
 
 def call_of(op: str, plan: str, M: int, N: int, world_size: int, number: int, dtype: torch.dtype = BF16):
     if op == norms.SUM:
-        M, N = -(-M // 8), 8 * N  # a tile a row: as many as the other kernels have
+        M, N = -(-M // 16), 8 * N  # a tile a row: as many as the other kernels have
         return norms.call_of(op, Case(M, N, 0, dtype, world_size, ""), number=number, plan=plan)
     sizes = (1, M * N, 0) if op == "all_reduce" else (M, N, 8)
     return Call(op, Case(*sizes, dtype, world_size, ""), number=number, plan=plan)

@@ -105,12 +105,17 @@ typedef struct TpoGemmArgs {
 } TpoGemmArgs;
 
 /* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. The tiles of a
- * pair together have 256 rows (ping-pong: 128). */
-enum TpoGemmSchedule { TPO_GEMM_128X256_PAIR = 0, TPO_GEMM_PING_PONG_64X256_PAIR = 1, TPO_GEMM_128X128_PAIR = 2 };
+ * pair together have 256 rows (ping-pong: 128). TWO_STAGINGS: see tpo/gemm_collective.cuh. */
+enum TpoGemmSchedule {
+  TPO_GEMM_128X256_PAIR = 0,
+  TPO_GEMM_PING_PONG_64X256_PAIR = 1, /* tpo_gemm alone */
+  TPO_GEMM_128X128_PAIR = 2,
+  TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3 /* not tpo_gemm */
+};
 
 /* The same product, summed over ranks: kernels/gemm_reduce_scatter_push.cu, kernels/gemm_all_reduce_two_shot_push.cu. K is
  * that of one rank. gemm.out: M rows, or this rank's rows [rank * c, min(M, (rank + 1) * c)), c = ceil(M / world_size), of
- * a reduce-scatter. gemm.schedule: not PING_PONG. Offsets and bytes are of the arena, as in memory/layout.py. */
+ * a reduce-scatter. Offsets and bytes are of the arena, as in memory/layout.py. */
 typedef struct TpoGemmCollectiveArgs {
   TpoGemmArgs gemm;
   const int64_t* base_table; /* device, world_size addresses: the arena of each rank as mapped in this process */

@@ -58,9 +58,13 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
-# The CUDA kernels for Hopper: columns of a tile, least M. With own tiles last and among the others.
-_SM90 = ((256, 1024), (128, 256))
-_SM90_LEADS = (0, 33, 66)
+# The CUDA kernels for Hopper, with own tiles last and among the others. With two staging buffers
+# also after two waves of each peer's.
+_SM90 = (  # columns of a tile, staging buffers, leads, least M
+    (256, 1, (0, 33, 66), 1024),
+    (128, 1, (0, 33, 66), 256),
+    (128, 2, (0, 33, 66, 132), 512),
+)
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -84,7 +88,9 @@ def _staged(name: str) -> list[Candidate]:
 
 def _sm90() -> list[Candidate]:
     return [
-        Candidate(f"sm90:block_n={cols},group_m=8,lead={lead}", least) for cols, least in _SM90 for lead in _SM90_LEADS
+        Candidate(f"sm90:block_n={cols},group_m=8,lead={lead},stagings={stagings}", least)
+        for cols, stagings, leads, least in _SM90
+        for lead in leads
     ]
 
 

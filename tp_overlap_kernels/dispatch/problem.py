@@ -48,6 +48,7 @@ PARAM_NAMES = (
     "taper",
     "stagger_ns",
     "lead",
+    "stagings",
 )
 LEAST = {"lead": 0}  # of all others 1
 

@@ -65,8 +65,8 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
 # The CUDA kernels for Hopper. Tiles of 256 columns are up to 3 % faster in a few cases of M=8192, and slower elsewhere.
-TILE_COLUMNS_SM90 = (128, 256)
-TILES_SM90 = {"block_n": 128, "group_m": 8}
+STAGINGS_SM90 = {128: (1, 2), 256: (1,)}  # buffers on the way to peers, by columns of a tile; more have no room
+TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1}
 # Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
 LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
@@ -207,9 +207,13 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
         return f"the kernels for Hopper take bfloat16 and float16, not {problem.dtype}"
     if problem.N % 8:
         return f"N must be a multiple of 8 for the copy engine, got {problem.N}"
-    block_n = _complete(plan, problem, topology)["block_n"]
-    if block_n not in TILE_COLUMNS_SM90:
-        return f"block_n must be one of {', '.join(map(str, TILE_COLUMNS_SM90))}, got {block_n}"
+    complete = _complete(plan, problem, topology)
+    block_n, stagings = complete["block_n"], complete["stagings"]
+    if block_n not in STAGINGS_SM90:
+        return f"block_n must be one of {', '.join(map(str, STAGINGS_SM90))}, got {block_n}"
+    if stagings not in STAGINGS_SM90[block_n]:
+        most = STAGINGS_SM90[block_n][-1]
+        return f"shared memory has room for stagings={most} with block_n={block_n}, and for no more, got {stagings}"
     if rows_of_whole_tiles(problem.N, block_n, topology):
         return None
     return (

@@ -101,7 +101,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
         *_decode(),
-        Candidate("unfused_sentinel", most_M=64),
+        Candidate("unfused_sentinel", most_M=256),
         Candidate("unfused_nccl"),
     ],
     GEMM_REDUCE_SCATTER: [
@@ -111,6 +111,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *_sm90(),
         *_chunked(),
         Candidate("unfused_push"),
+        Candidate("unfused_sentinel", most_M=512),
         Candidate("unfused_nccl"),
     ],
     ALL_REDUCE: [Candidate("one_shot"), Candidate("two_shot"), Candidate("sentinel"), Candidate("nccl")],

@@ -34,6 +34,14 @@ typedef struct TpoAllReduceArgs {
   int32_t data_threads; /* of a block, one vector of 16 bytes each: a multiple of 32 up to 512; 0: chosen */
 } TpoAllReduceArgs;
 
+/* One reduce-scatter of elements; kernels/reduce_scatter_one_shot_sentinel.cu. */
+typedef struct TpoReduceScatterArgs {
+  TpoAllReduceArgs sum;   /* x: n_elems; out: this rank's, overlaps x nowhere; 2 * part, rounded up to 16, at most
+                             sentinel_bytes; data_threads is not looked at */
+  int64_t part;           /* elements that a rank owns, the last ones fewer; equal on all ranks */
+  int32_t launched_ahead; /* 1: may begin, and then wait, while the kernel before it on the stream still runs */
+} TpoReduceScatterArgs;
+
 /* One GEMM + all-reduce for few rows; kernels/gemm_all_reduce_one_shot_sentinel.cu. All but a, b, bias, out and `start`
  * must be equal on all ranks. */
 typedef struct TpoGemmAllReduceDecodeArgs {
@@ -176,6 +184,12 @@ int tpo_prepare(int world_size);
 
 /* out = sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
 int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream);
+
+/* Loads the kernels of the next function onto the current device, as tpo_prepare; world_size from 2 on. */
+int tpo_reduce_scatter_prepare(int world_size);
+
+/* out = this rank's part of the sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
+int tpo_reduce_scatter_one_shot_sentinel(const TpoReduceScatterArgs* args, void* cuda_stream);
 
 /* Loads the kernels of tpo_gemm_all_reduce_decode onto the current device, and lets them have their shared memory. */
 int tpo_gemm_all_reduce_decode_prepare(void);

@@ -69,9 +69,16 @@ def _one_shot() -> list[Candidate]:
 
 
 def _decode() -> list[Candidate]:
-    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192."""
+    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192.
+
+    With stages for two blocks an SM, so that the next call's first loads find room; for more rows of a, also with as many
+    as one block can have.
+    """
     narrow = [Candidate(f"decode:block_n=64,splits={splits}", most_M=128) for splits in (1, 2)]
-    return narrow + [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+    wide = [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+    deep = [Candidate(f"decode:block_n=64,splits={splits},num_stages=12", 17, 64) for splits in (1, 2)]
+    deep += [Candidate(f"decode:block_n=128,splits={splits},num_stages=8", 17, 64) for splits in (2, 4)]
+    return [*narrow, *wide, *deep]
 
 
 def _staged(name: str) -> list[Candidate]:

@@ -71,8 +71,8 @@ def _one_shot() -> list[Candidate]:
 def _decode() -> list[Candidate]:
     """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192.
 
-    With stages for two blocks an SM, so that the next call's first loads find room; for more rows of a, also with as many
-    as one block can have.
+    With stages for two blocks an SM, so that the next call's first loads find room; for more rows of a, also with as
+    many as one block can have.
     """
     narrow = [Candidate(f"decode:block_n=64,splits={splits}", most_M=128) for splits in (1, 2)]
     wide = [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]

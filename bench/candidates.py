@@ -73,9 +73,16 @@ def _one_shot() -> list[Candidate]:
 
 
 def _decode() -> list[Candidate]:
-    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192."""
+    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192.
+
+    With stages for two blocks an SM, so that the next call's first loads find room; for more rows of a, also with as
+    many as one block can have.
+    """
     narrow = [Candidate(f"decode:block_n=64,splits={splits}", most_M=128) for splits in (1, 2)]
-    return narrow + [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+    wide = [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+    deep = [Candidate(f"decode:block_n=64,splits={splits},num_stages=12", 17, 64) for splits in (1, 2)]
+    deep += [Candidate(f"decode:block_n=128,splits={splits},num_stages=8", 17, 64) for splits in (2, 4)]
+    return [*narrow, *wide, *deep]
 
 
 def _staged(name: str) -> list[Candidate]:
@@ -107,7 +114,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
         *_decode(),
-        Candidate("unfused_sentinel", most_M=64),
+        Candidate("unfused_sentinel", most_M=256),
         Candidate("unfused_nccl"),
     ],
     GEMM_REDUCE_SCATTER: [
@@ -117,6 +124,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *_sm90(),
         *_chunked(),
         Candidate("unfused_push"),
+        Candidate("unfused_sentinel", most_M=512),
         Candidate("unfused_nccl"),
     ],
     ALL_REDUCE: [Candidate("one_shot"), Candidate("two_shot"), Candidate("sentinel"), Candidate("nccl")],

@@ -1,6 +1,6 @@
 """The protocol of csrc/include/tpo/gemm_collective.cuh as processes that run at random speeds, with no GPU.
 
-Each block has its consumers, its courier, with two staging buffers a second one and, for an all-reduce, its collector,
+Each block has its consumers, its courier, with two staging buffers its fetcher and, for an all-reduce, its collector,
 as the kernels have them. What the copy engine is asked to do happens later: it reads its source some time after it was
 told, and what it writes is seen some time after that. Of phases of barriers parities alone are known. Every tile says
 what it is, so that whoever takes another one for it is found out. Planted errors must be, too.
@@ -177,7 +177,7 @@ class Block:
         if has_one_party or self.arrived[buffer] % 2 == 0:
             self.staged[buffer] += 1
 
-    # -- the couriers
+    # -- the courier and the fetcher
 
     def read(self):
         return all(read for read, _ in self.group)
@@ -206,7 +206,7 @@ class Block:
             yield from self.fetch(buffer, tile, place)
 
     def fetch_all(self):
-        """The second courier."""
+        """The fetcher."""
         for owner, tile, buffer, use in self.itinerary():
             if self.machine.error != "fetch before read":
                 yield lambda: is_over(use, self.free[buffer])  # noqa: B023

@@ -15,7 +15,8 @@ from tests import inputs, truth
 from tests.cases import BF16, FP16, Case
 from tests.tolerance import check, check_bits, tolerance
 from tp_overlap_kernels import native
-from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
+from tp_overlap_kernels.bench.timeline import intervals_of
+from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
 from tp_overlap_kernels.memory.layout import layout
 
 pytestmark = [
@@ -178,6 +179,29 @@ def test_a_late_rank_is_waited_for(late):
     group, case = Group(3), Case(900, 512, 128, BF16, 3, "three ranks")
     for _ in range(3):
         play(group, case, [(op, cut, 1) for op, cut in itertools.product(OPS, SCHEDULES)], "normal", False, late)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("cut", SCHEDULES)
+def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
+    """The order of steps within a thread, and as many products as there are tiles of a cluster of two."""
+    group, case = Group(2), Case(1024, 512, 640, BF16, 2, "traced")
+    room, blocks = 64, group.blocks
+    shape = (blocks, len(TRACE_ROLES), room, TRACE_WORDS)
+    traces = [torch.zeros(shape, dtype=torch.int32, device="cuda") for _ in range(2)]
+    for member, trace in zip(group.ranks, traces, strict=True):
+        member.launch[op].trace(trace.data_ptr(), room)
+    play(group, case, [(op, cut, 1)] * 3, "normal", True)
+    for trace in traces:
+        intervals = intervals_of(trace)
+        multiplied = [(each.owner, each.tile) for each in intervals if each.step == "multiply"]
+        assert len(set(multiplied)) == len(multiplied) == 1024 * 512 // (128 * cut[0])
+        for role in TRACE_ROLES:
+            for block in range(blocks):
+                some = [each for each in intervals if (each.block, each.role) == (block, role)]
+                assert all(one.begin_ns <= one.end_ns == two.begin_ns for one, two in itertools.pairwise(some))
+        if op == SUM:
+            assert sum(each.step == "copy" for each in intervals) == len(multiplied) // 2
 
 
 def run_alone(group: Group, op: str, cut: tuple[int, int], call_hashes: dict[int, int]) -> list[torch.Tensor]:

@@ -232,6 +232,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("unfused_one_shot", gemm(AR, 512), h200(one_shot_bytes=MIB), "exceeds the one-shot region"),
         ("unfused_sentinel", gemm(AR, 512), h200(), "exceeds the sentinel region of 1048576"),
         ("unfused_sentinel", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
+        ("unfused_sentinel", gemm(RS, 129), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
         ("decode", gemm(AR, 129), h200(sentinel_bytes=8 * MIB), "takes M <= 128, not 129"),
         ("decode", gemm(AR, 64, N=8193), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
         ("decode", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),

@@ -7,7 +7,7 @@ import tp_overlap_kernels as tpo
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
 from tp_overlap_kernels.dispatch.select import STAGINGS_SM90, rows_of_whole_tiles, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
-from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES
+from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
 from tp_overlap_kernels.memory import arena as arenas
 from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
@@ -107,6 +107,19 @@ def test_an_output_that_the_copy_engine_cannot_write_is_copied_to(kernel):
 def test_a_call_larger_than_the_arena_runs_in_chunks(kernel):
     kernel.op(*inputs(rows=M + 100), "local")
     assert kernel.calls[0]["M"] == M and sum(call["M"] for call in kernel.calls) >= M + 100
+
+
+def test_calls_are_traced_while_the_context_lasts():
+    tpo.init(max_M=1024, max_N=512)
+    arena = arenas.get("local")
+    told = []
+    arena.cache["gemm_all_reduce"] = type("Launcher", (), {"trace": lambda self, *of: told.append(of)})()
+    with pytest.raises(ZeroDivisionError), sm90.traced(arena, "gemm_all_reduce", 5) as trace:
+        assert told == [(trace.data_ptr(), 5)] and not trace.any()
+        assert trace.shape == (arena.programs, len(TRACE_ROLES), 5, TRACE_WORDS) and trace.dtype == torch.int32
+        raise ZeroDivisionError
+    assert told[1:] == [(0, 0)]
+    tpo.close()
 
 
 def on_h200(W: int, **limits) -> Topology:

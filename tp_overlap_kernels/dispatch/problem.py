@@ -28,7 +28,15 @@ PLAN_NAMES = {
         "unfused_sentinel",
         "unfused_nccl",
     ),
-    "gemm_reduce_scatter": ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_nccl"),
+    "gemm_reduce_scatter": (
+        "push",
+        "one_shot",
+        "sm90",
+        "chunked",
+        "unfused_push",
+        "unfused_sentinel",
+        "unfused_nccl",
+    ),
     "all_reduce": ("two_shot", "one_shot", "sentinel", "nccl"),
 }
 OPS = tuple(PLAN_NAMES)

@@ -186,6 +186,9 @@ def _sentinel_limit(plan: Plan, problem: Problem, topology: Topology) -> str | N
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
         return f"the sentinel kernel takes bfloat16 and float16, not {problem.dtype}"
+    if problem.op == "gemm_reduce_scatter":
+        share = -(-problem.M // problem.world_size) * problem.N * ITEMSIZE[problem.dtype]  # what one owner gets
+        return _exceeds(share, "sentinel", topology.sentinel_bytes)
     return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
 
 

@@ -21,6 +21,25 @@ SCHEDULES = {  # by columns of a tile, staging buffers of a block
 TILE_BYTES = {cols: 128 * cols * 2 for cols, _ in SCHEDULES}  # of a block's tile, on its way between ranks
 
 
+# TpoTraceRole and TpoTraceStep of csrc/api.h.
+TRACE_ROLES = ("consumer", "courier", "collector", "fetcher")
+TRACE_STEPS = (
+    "none",
+    "multiply",
+    "await staging",
+    "await partial",
+    "add",
+    "stage",
+    "await tile",
+    "await flag",
+    "send",
+    "publish",
+    "await sum",
+    "copy",
+)
+TRACE_WORDS = 8  # of 32 bits, an interval: begin and end, of 64; step, owner, tile, unused
+
+
 class _Args(ctypes.Structure):
     """TpoGemmCollectiveArgs of csrc/api.h, field by field."""
 
@@ -44,6 +63,8 @@ class _Args(ctypes.Structure):
         ("world_size", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("lead_tiles", ctypes.c_int32),
+        ("trace", ctypes.c_uint64),
+        ("trace_intervals", ctypes.c_int64),
     )
 
 
@@ -103,6 +124,13 @@ class GemmCollectiveLauncher:
         self._launch = getattr(library, f"tpo_{op}")
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.
         self._launch.restype = ctypes.c_int
+
+    def trace(self, ptr: int, intervals: int) -> None:
+        """Calls from now on write what their threads did, over what calls before wrote; 0: they write nothing.
+
+        ptr: device, zeros, `blocks` x len(TRACE_ROLES) x intervals x TRACE_WORDS of 32 bits. Such calls are of bf16.
+        """
+        self._args.trace, self._args.trace_intervals = ptr, intervals
 
     def __call__(
         self,

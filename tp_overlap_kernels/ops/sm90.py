@@ -4,6 +4,8 @@ They read a and b and write out through the copy engine, whose rows start at mul
 8 (dispatch sees to that), and an operand that lies otherwise is copied once, as in operands.py.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ..dispatch import Plan
 from ..kernels.gemm import Schedule
-from ..kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
+from ..kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
 from ..memory.arena import Arena
 from ..memory.turn import stream_of
 from .arena_words import DTYPE_CODES, of_arena
@@ -42,6 +44,24 @@ def run(
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
+
+
+@contextlib.contextmanager
+def traced(arena: Arena, op: str, intervals: int) -> Iterator[Tensor]:
+    """While the context lasts, calls of this plan write what their threads did to the tensor it gives.
+
+    The tensor: int32 (blocks, len(TRACE_ROLES), intervals, TRACE_WORDS) on the device, zeros where nothing was; it
+    holds the last call, and is to be read when that has ended. bf16 alone. Traced calls take longer by a few stores a
+    tile.
+    """
+    launcher = arena.cache.get(op) or _launcher(arena, op)
+    shape = (arena.programs, len(TRACE_ROLES), intervals, TRACE_WORDS)
+    trace = torch.zeros(shape, dtype=torch.int32, device=arena.device)
+    launcher.trace(trace.data_ptr(), intervals)
+    try:
+        yield trace
+    finally:
+        launcher.trace(0, 0)
 
 
 @dataclass(slots=True)

@@ -9,20 +9,19 @@
 // The courier is one thread of the producer warpgroup: the copy engine tells its stores' end only to the thread that gave
 // them. Consumers never wait for the link, unless it is slower than the products of kStagings whole tiles, nor for a flag,
 // unless it is late by as much.
-// With two buffers a second courier fetches the partials. They would else come after the push of the tile before, for which
-// the first courier waits, and consumers, who then wait for a partial, would gain nothing by the second buffer.
+// With two buffers another thread, the fetcher, fetches the partials. Else they would come after the push of the tile before,
+// for which the courier waits, and consumers, who then wait for a partial, would gain nothing by the second buffer.
 // A tile travels, and lies in the arena, as it lies in staging: boxes of 64 rows and 64 columns, swizzled, each row of
 // boxes from left to right. Fragments read back from it are those that were written.
 //
 // Staging, barrier by barrier, each buffer with its own but for `taken`, since partials are fetched one after the other
 // (each wait is for the present phase or the one before, as parities need):
-//   free     courier -> consumers, second courier: the tile has been read from the buffer, the next may be written. One
-//            phase a tile.
-//   partial  courier that fetches, and copy engine -> consumers: one partial lies in the buffer. It is fetched after the
-//            tile before has been read from there: the only courier has seen that itself, the second waits for `free`.
-//   taken    consumers -> courier that fetches: that partial has been added, and another follows.
-//   staged   consumers -> courier: the tile, or the sum, lies in the buffer. The second courier arrives, too, once it has
-//            seen the buffer free, for every tile: no phase of `free` can then pass it by.
+//   free     courier -> consumers, fetcher: the tile has been read from the buffer, the next may be written. One phase a tile.
+//   partial  courier or fetcher, and copy engine -> consumers: one partial lies in the buffer. It is fetched after the tile
+//            before has been read from there: the courier has itself seen that, the fetcher waits for `free`.
+//   taken    consumers -> courier or fetcher: that partial has been added, and another follows.
+//   staged   consumers -> courier: the tile, or the sum, lies in the buffer. The fetcher arrives, too, for every tile, once
+//            it has seen the buffer free: no phase of `free` can then pass it by.
 // A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
 // peers fail, too, and at its end it fills all of out with NaN.
 #pragma once
@@ -30,19 +29,20 @@
 #include "api.h"
 #include "tpo/gemm_tile.cuh"
 #include "tpo/signal.cuh"
+#include "tpo/trace.cuh"
 
 namespace tpo {
 
 // Threads of the producer warpgroup; thread 0 loads what is multiplied.
 constexpr int kCourierWarp = 1;
 constexpr int kTransitWarp = 2;
-constexpr int kSecondCourierWarp = 3;
+constexpr int kFetcherWarp = 3;
 
 // 128 * 56 + 256 * 224 of 63 Ki: the waits for peers take more than loads do.
 constexpr int kCollectiveProducerRegisters = 56;
 constexpr int kCollectiveConsumerRegisters = 224;
 
-template <int kTileN_, int kStages_, int kStagings_, int kTransitBoxes_>
+template <int kTileN_, int kStages_, int kStagings_, int kTransitBoxes_, bool kTraced_ = false>
 struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> {
   using Gemm = GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols>;
   static constexpr int kStagings = kStagings_;  // buffers of one tile each
@@ -50,6 +50,7 @@ struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> 
   static constexpr uint32_t kStagingBytes = kStagings * kTileBytes;
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
+  static constexpr bool kTraced = kTraced_;
   static constexpr uint32_t kTransitOffset =
       (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
@@ -231,7 +232,7 @@ __device__ __forceinline__ int64_t* header_of(const TpoGemmCollectiveArgs& args,
   return word_at(args, at, args.header_offset, (epoch & 1) * args.world_size + source);
 }
 
-// ---- phases of the couriers -----------------------------------------------------------------------------------------
+// ---- phases of the courier and the fetcher ----------------------------------------------------------------------------
 
 template <typename Shape>
 struct Courier {
@@ -243,16 +244,23 @@ struct Courier {
   bool failed_before;                     // the group had: every block knows that by itself
   RingPosition<Shape::kStagings> buffer;  // of the present tile
   uint32_t taken_parity = 0;
+  Trace<Shape::kTraced> trace;
 
-  // Of a call that has begun.
+  // The fetcher, in a call that the courier has begun.
   __device__ Courier(const TpoGemmCollectiveArgs& args, const CollectiveMemory<Shape>& memory, int op, int64_t word,
                      bool failed)
-      : args(args), memory(memory), op(op), word(word), failed(failed), failed_before(failed) {}
+      : args(args),
+        memory(memory),
+        op(op),
+        word(word),
+        failed(failed),
+        failed_before(failed),
+        trace(args, TPO_TRACE_FETCHER, true) {}
 
   // Begin the call: the epoch, the same in every block. The last block to read it advances it for the next call; the
   // count orders each read before that. Block 0 tells every peer which call this is.
   __device__ Courier(const TpoGemmCollectiveArgs& args, const CollectiveMemory<Shape>& memory, int op)
-      : args(args), memory(memory), op(op) {
+      : args(args), memory(memory), op(op), trace(args, TPO_TRACE_COURIER, true) {
     const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH) + 1;
     failed = failed_before = local_peek_relaxed(args.control + TPO_CONTROL_FAILED) != 0;
     word = call_word(epoch, args.call_hash);
@@ -290,6 +298,8 @@ struct Courier {
       const int64_t* header = header_of(args, args.rank, peer, word >> 16);
       const int64_t* flag = partial_flag(args, peer, args.rank, tile);
       failed = wait(flag, header, who, args.control, args.record, args.timeout_ns) != kOk;
+      trace.of(args.rank, tile);
+      trace.end(TPO_TRACE_AWAIT_FLAG);
     }
     if (failed) {
       put_shared(memory.failed(), 1);
@@ -311,9 +321,11 @@ struct Courier {
     }
   }
 
-  __device__ __forceinline__ void await_staged() {
+  __device__ __forceinline__ void await_staged(const Work& work) {
     barrier_wait(memory.staged(buffer.slot), buffer.parity);
-    if (Shape::kStagings == 2) failed = failed || get_shared(memory.failed()) != 0;  // in a wait of the second courier
+    if (Shape::kStagings == 2) failed = failed || get_shared(memory.failed()) != 0;  // in a wait of the fetcher
+    trace.of(work.owner, work.tile);
+    trace.end(TPO_TRACE_AWAIT_TILE);
   }
 
   // The stores so far are a group; when they have been read, the buffer may be written again. To the next tile.
@@ -322,6 +334,7 @@ struct Courier {
     wait_stores_read<0>();
     barrier_arrive(memory.free(buffer.slot));
     buffer.advance();
+    trace.end(TPO_TRACE_SEND);
   }
 
   // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written.
@@ -336,6 +349,7 @@ struct Courier {
       order_with_tma();
       notify(partial_flag(args, args.rank, work.owner, work.tile), word);
     }
+    trace.end(TPO_TRACE_PUBLISH);
   }
 
   // The sum of an own tile to out.
@@ -379,9 +393,10 @@ struct Epilogue {
   uint32_t buffer = 0;                               // of the present tile
   uint32_t free_parity = 1;                          // nothing has been staged yet
   uint32_t partial_parities[Shape::kStagings] = {};  // that of the present buffer first
+  Trace<Shape::kTraced>& trace;
 
-  __device__ Epilogue(const CollectiveMemory<Shape>& memory, int consumer)
-      : memory(memory), staging(memory.staging(consumer)) {}
+  __device__ Epilogue(const CollectiveMemory<Shape>& memory, int consumer, Trace<Shape::kTraced>& trace)
+      : memory(memory), staging(memory.staging(consumer)), trace(trace) {}
 
   // All lanes of the warp have come here.
   __device__ __forceinline__ void arrive(uint32_t barrier) {
@@ -396,6 +411,7 @@ struct Epilogue {
   __device__ __forceinline__ void await_free() {
     barrier_wait(memory.free(buffer), free_parity);
     if (buffer == Shape::kStagings - 1) free_parity ^= 1;
+    trace.end(TPO_TRACE_AWAIT_STAGING);
   }
 
   __device__ __forceinline__ void hand_over(const float (&sum)[Shape::kFragment]) {
@@ -411,6 +427,7 @@ struct Epilogue {
       partial_parities[1] = partial_parities[0];
       partial_parities[0] = parity;
     }
+    trace.end(TPO_TRACE_STAGE);
   }
 
   // The peers' partials, in rank order, to our own product. NaN if one has not come.
@@ -419,6 +436,7 @@ struct Epilogue {
     for (int place = 0; place < world_size - 1; ++place) {
       barrier_wait(memory.partial(buffer), partial_parities[0]);
       partial_parities[0] ^= 1;
+      trace.end(TPO_TRACE_AWAIT_PARTIAL);
       failed = get_shared(memory.failed()) != 0;
       if (!failed) {
 #pragma unroll
@@ -427,6 +445,7 @@ struct Epilogue {
         }
       }
       if (place < world_size - 2) arrive(memory.taken());
+      trace.end(TPO_TRACE_ADD);
     }
     if (failed) {
 #pragma unroll
@@ -456,23 +475,25 @@ __device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& param
   }
 }
 
-// By the second courier, one thread: the partials of own tiles, each as soon as its buffer is free and its flag is up.
+// By the fetcher, one thread: the partials of own tiles, each as soon as its buffer is free and its flag is up.
 template <typename Shape, typename Owners>
 __device__ __forceinline__ void fetch_tiles(const CollectiveParams<Owners>& params,
                                             const CollectiveMemory<Shape>& memory, int op, uint32_t rank_in_cluster) {
   const TpoGemmCollectiveArgs& args = params.args;
   barrier_wait(memory.begun(), 0);
-  Courier<Shape> courier(args, memory, op, call_word(get_shared(memory.epoch()), args.call_hash),
+  Courier<Shape> fetcher(args, memory, op, call_word(get_shared(memory.epoch()), args.call_hash),
                          get_shared(memory.failed()) != 0);
   Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
-    barrier_wait(memory.free(courier.buffer.slot), courier.buffer.parity ^ 1);
+    barrier_wait(memory.free(fetcher.buffer.slot), fetcher.buffer.parity ^ 1);
+    fetcher.trace.of(work.owner, work.tile);
+    fetcher.trace.end(TPO_TRACE_AWAIT_STAGING);
     if (work.owner == args.rank) {
-      courier.fetch_partial(work.tile, 0);
-      courier.fetch_other_partials(work.tile);
+      fetcher.fetch_partial(work.tile, 0);
+      fetcher.fetch_other_partials(work.tile);
     }
-    barrier_arrive(memory.staged(courier.buffer.slot));
-    courier.buffer.advance();
+    barrier_arrive(memory.staged(fetcher.buffer.slot));
+    fetcher.buffer.advance();
   }
 }
 
@@ -482,11 +503,14 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
                                               uint32_t rank_in_cluster) {
   const TpoGemmCollectiveArgs& args = params.args;
   Consumer<Shape> consumer(number, params.k_blocks);
-  Epilogue<Element, Shape> epilogue(memory, number);
+  Trace<Shape::kTraced> trace(args, TPO_TRACE_CONSUMER, threadIdx.x == kWarpgroupThreads);
+  Epilogue<Element, Shape> epilogue(memory, number, trace);
   Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
     float sum[Shape::kFragment];
+    trace.of(work.owner, work.tile);
     multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
+    trace.end(TPO_TRACE_MULTIPLY);
     epilogue.await_free();  // an own tile's partial has then been fetched, or could be: only the phase is counted
     if (work.owner == args.rank) {
       epilogue.add_partials(sum, args.world_size);

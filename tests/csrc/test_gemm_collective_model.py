@@ -329,7 +329,7 @@ def play(world: int, seed: int, error: str = "", stagings: tuple[int, ...] = (1,
 @needs_nvcc
 def test_the_order_of_tiles_is_that_of_the_kernels(tmp_path):
     sizes = [(run, world, lead) for run in (1, 2, 5) for world in (2, 3, 8) for lead in (0, 1, 2, 4, 9)]
-    program = '#include <cstdio>\n#include "tpo/gemm_collective.cuh"\nint main() { int number;\n'
+    program = '#include <cstdio>\n#include "tpo/gemm_owners.cuh"\nint main() { int number;\n'
     for run, world, lead in sizes:
         program += f"for (int s = 0; s < {run * world}; ++s) {{ int turn = tpo::turn_of(s, {run}, {world}, {lead}, "
         program += '&number); printf("%d %d\\n", turn, number); }\n'

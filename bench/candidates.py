@@ -63,7 +63,8 @@ _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of th
 _SM90 = (  # columns of a tile, staging buffers, leads, least M
     (256, 1, (0, 33, 66), 1024),
     (128, 1, (0, 33, 66), 256),
-    (128, 2, (0, 33, 66, 132), 512),
+    (128, 2, (0, 33, 66), 512),
+    (128, 2, (132,), 2048),  # below that an owner has no more tiles: as lead 0
 )
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 

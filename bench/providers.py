@@ -1,8 +1,9 @@
 """Ways to compute an op, each under a name a stranger understands.
 
-`ours` lets the library choose, `ours:<plan>` forces a plan; the others are what people use without this library (see
-torch_providers.py). `mine=package.module:function` adds a function(a, w, group_name) -> result of the user's own.
-A provider that cannot run a case raises Declined with the reason; any other exception is a failure.
+`ours` lets the library choose, `ours:<plan>` forces a plan; `matmul` is cuBLAS alone, `matmul:sm90` our GEMM alone; the
+others are what people use without this library (see torch_providers.py). `mine=package.module:function` adds a
+function(a, w, group_name) -> result of the user's own. A provider that cannot run a case raises Declined with the
+reason; any other exception is a failure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
+
+from tp_overlap_kernels import native
+from tp_overlap_kernels.kernels import gemm
 
 from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_ALL_REDUCE_NORM, GEMM_REDUCE_SCATTER, MESSAGES, OPS, SUM_OF, Case
 from .launch import World
@@ -38,6 +42,41 @@ class Matmul(Provider):
 
     def prepare(self, case: Case, a: torch.Tensor) -> Call:
         return lambda w: torch.mm(a, weight_of(w).t())
+
+
+class HopperMatmul(Matmul):
+    """The GEMM of the plan sm90 alone, csrc/kernels/gemm.cu, with the schedule of its rule."""
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        device = self.world.device
+        here = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        self.decline_unless(here and native.available(), "needs a GPU of compute capability 9.0 and the CUDA library")
+        self.session.once("gemm prepared", gemm.prepare)
+        schedule = gemm.schedule_for(
+            case.M, case.N, case.K_local, torch.cuda.get_device_properties(device).multi_processor_count
+        )
+        dtype_code = gemm.BF16 if a.dtype == torch.bfloat16 else gemm.FP16
+
+        def call(w: torch.Tensor | None) -> torch.Tensor:
+            b, out = weight_of(w), a.new_empty(case.M, case.N)
+            gemm.launch(
+                a_ptr=a.data_ptr(),
+                b_ptr=b.data_ptr(),
+                out_ptr=out.data_ptr(),
+                bias_ptr=0,
+                M=case.M,
+                N=case.N,
+                K=case.K_local,
+                a_stride=a.stride(0),
+                b_stride=b.stride(0),
+                out_stride=case.N,
+                dtype_code=dtype_code,
+                schedule=schedule,
+                stream=torch.cuda.current_stream(device).cuda_stream,
+            )
+            return out
+
+        return call
 
 
 class Ours(Provider):
@@ -183,11 +222,11 @@ def make(name: str, session: Session) -> Provider:
         return Ours(name, session, plan or None)
     if base in ("ref", "interp"):
         return Ours(name, session, plan or None, cpu_backend=base)
-    if name == "matmul":
-        return Matmul(name, session)
+    if base == "matmul" and plan in ("", "sm90"):
+        return HopperMatmul(name, session) if plan else Matmul(name, session)
     if name not in UNFUSED:
         raise ValueError(
-            f"no provider is called {name!r}; there are ours, ours:<plan>, ref, interp, matmul, "
+            f"no provider is called {name!r}; there are ours, ours:<plan>, ref, interp, matmul, matmul:sm90, "
             f"{', '.join(UNFUSED)}, and name=package.module:function"
         )
     return UNFUSED[name](name, session)

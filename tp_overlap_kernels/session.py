@@ -163,7 +163,7 @@ def explain(
         name = device or "NVIDIA H200"
         room = layout(settings().max_tokens, max(N if op != "all_reduce" else 1, DEFAULT_MAX_N), dtype.itemsize, W)
         backend = settings().cpu_backend if name == "cpu" else "cuda"
-        topology = Topology(name, backend, W, 1, True, room.one_shot_bytes, room.sentinel_bytes)
+        topology = Topology(name, backend, W, 1, True, **room.limits())
         table = load(settings().table, name, W)
     if dtype not in DTYPE_NAMES:
         raise InvalidInput(f"explain: dtype must be bfloat16 or float16, got {dtype}.")

@@ -249,7 +249,7 @@ extern "C" int tpo_all_reduce_one_shot_sentinel_add_rms_norm(const TpoAllReduceN
   config.blockDim = dim3(threads + kWatchers);
   config.stream = static_cast<cudaStream_t>(cuda_stream);
   config.attrs = &ahead;
-  config.numAttrs = args->launch_ahead ? 1 : 0;
+  config.numAttrs = args->launched_ahead ? 1 : 0;
   void* parameters[] = {const_cast<TpoAllReduceNormArgs*>(args)};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
 }

@@ -137,6 +137,11 @@ def test_an_unknown_provider_is_refused_by_name(bench):
     assert code == 2 and "no provider is called 'matmul+mpi'" in text
 
 
+def test_a_gemm_for_hopper_declines_elsewhere_and_says_so(bench):
+    code, text = bench(*small("--provider", "matmul:sm90"))
+    assert code == 0 and "matmul:sm90: needs a GPU of compute capability 9.0" in text, text
+
+
 def test_our_ops_run_on_the_cpu_and_say_their_plan(bench, tmp_path):
     providers = [f"--provider={name}" for name in ("ref", "interp", "interp:two_shot;push")]
     code, text = bench("run", "--layer", "64,32", "--m", "5", "--target-ms", "5", *providers, "--json", "out.json")

@@ -52,7 +52,7 @@ def test_what_the_kernel_cannot_do_is_refused_before_any_launch(changes):
     "changes",
     [
         {},
-        {"launch_ahead": 1},
+        {"launched_ahead": 1},
         {"M": 8, "H": 9, "n_elems": 72, "sentinel_bytes": 256},
         {"M": 1, "H": SENTINEL_NORM_MAX_N, "n_elems": SENTINEL_NORM_MAX_N, "sentinel_bytes": 2 * SENTINEL_NORM_MAX_N},
     ],

@@ -59,7 +59,7 @@ class NormGroup(Group):
                 rank=rank,
                 world_size=world_size,
                 timeout_ns=int(timeout_s * 1e9),
-                launch_ahead=False,
+                launched_ahead=False,
             )
             for rank, member in enumerate(self.ranks)
         ]

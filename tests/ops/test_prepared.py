@@ -25,6 +25,7 @@ from tp_overlap_kernels.ops import (
     launches,
     norm_launches,
     prepared,
+    scatter_sentinel,
 )
 
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
@@ -69,7 +70,8 @@ class _Fused:
         monkeypatch.setattr(triton.runtime.driver, "_active", fake_driver.Driver())
         monkeypatch.setattr(launches, "Launch", self._launch)
         monkeypatch.setattr(all_reduce, "stream_of", lambda index: fake_driver.STREAM)
-        self.sentinel = arena.cache["sentinel"] = _Sentinel()
+        monkeypatch.setattr(scatter_sentinel, "stream_of", lambda index: fake_driver.STREAM)
+        self.sentinel = arena.cache["sentinel"] = arena.cache["scatter sentinel"] = _Sentinel()
 
     def _launch(self, kernel, meta, on_cpu):
         self.made.append(_FakeLaunch(kernel, meta))
@@ -236,10 +238,11 @@ def test_a_call_with_a_norm_never_sees_odd_addresses(fused, which):
 
 UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_two_shot")]
 UNFUSED += [(gemm_all_reduce, "unfused_sentinel"), (gemm_reduce_scatter, "unfused_push")]
-UNFUSED_IDS = [plan for _, plan in UNFUSED]
+UNFUSED += [(gemm_reduce_scatter, "unfused_sentinel")]
+UNFUSED_IDS = [f"{module.OP}-{plan}" for module, plan in UNFUSED]
 
 
-@pytest.mark.parametrize(("module", "plan"), UNFUSED[:2] + UNFUSED[3:], ids=UNFUSED_IDS[:2] + UNFUSED_IDS[3:])
+@pytest.mark.parametrize(("module", "plan"), [*UNFUSED[:2], UNFUSED[3]], ids=[*UNFUSED_IDS[:2], UNFUSED_IDS[3]])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_the_launch_behind_a_product_is_had_again(fused, monkeypatch, module, plan, with_bias):
     fused.plan(module, plan)
@@ -275,6 +278,17 @@ def test_another_call_hash_is_another_launch(fused, monkeypatch, module, plan):
     op(*_inputs(), "local")
     values = fused.sentinel.calls[-1] if plan == "unfused_sentinel" else fused.calls[-1]
     assert 8 in values and 7 not in values
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_a_known_scatter_without_flags(fused, with_bias):
+    fused.plan(gemm_reduce_scatter, "unfused_sentinel")
+    bias = torch.zeros(N, dtype=torch.bfloat16) if with_bias else None
+    for _ in range(3):
+        out = torch.ops.tp_overlap.gemm_reduce_scatter(*_inputs(), "local", bias)
+        x_ptr, *others = fused.sentinel.calls[-1]
+        assert others == [out.data_ptr(), M * N, M * N, 0, 7, fake_driver.STREAM] and x_ptr != out.data_ptr()
+    assert fused.planned == 1
 
 
 def _warm(op="gemm_all_reduce", **kinds):

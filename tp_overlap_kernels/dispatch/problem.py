@@ -28,7 +28,15 @@ _SUMS = {
         "unfused_sentinel",
         "unfused_nccl",
     ),
-    "gemm_reduce_scatter": ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_nccl"),
+    "gemm_reduce_scatter": (
+        "push",
+        "one_shot",
+        "sm90",
+        "chunked",
+        "unfused_push",
+        "unfused_sentinel",
+        "unfused_nccl",
+    ),
     "all_reduce": ("two_shot", "one_shot", "sentinel", "nccl"),
 }
 # An op with a norm has every plan of its sum, with the norm as a launch behind it, and such as sum and norm in one
@@ -56,6 +64,7 @@ PARAM_NAMES = (
     "taper",
     "stagger_ns",
     "lead",
+    "stagings",
 )
 LEAST = {"lead": 0}  # of all others 1
 
@@ -137,6 +146,8 @@ class Topology:
     native: bool = False  # the CUDA library of csrc is loaded
     one_shot_bytes: int = 0  # largest message (arena_bytes of a problem) that the one-shot region of the arena holds
     sentinel_bytes: int = 0  # largest message (message_bytes) of the CUDA sentinel kernel
+    staged_bytes: int = 0  # of a rank's share of a call that the arena holds, on its way to the owner and as a sum
+    tile_slots: int = 0  # flags of tiles
 
     def __post_init__(self) -> None:
         if self.backend not in ("cuda", "interp", "ref"):

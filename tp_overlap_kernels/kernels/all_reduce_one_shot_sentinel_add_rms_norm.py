@@ -25,7 +25,7 @@ class _Args(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("M", ctypes.c_int32),
         ("H", ctypes.c_int32),
-        ("launch_ahead", ctypes.c_int32),
+        ("launched_ahead", ctypes.c_int32),
     )
 
 
@@ -45,11 +45,11 @@ class SentinelNormLauncher:
         rank: int,
         world_size: int,
         timeout_ns: int,
-        launch_ahead: bool,
+        launched_ahead: bool,
     ):
         """Offsets and sizes in bytes within the arena; pointers as the device sees them; see TpoAllReduceArgs.
 
-        launch_ahead: blocks may come before the kernel before it on the stream has ended; they wait for that. Not
+        launched_ahead: blocks may come before the kernel before it on the stream has ended; they wait for that. Not
         where ranks share a device: they would take the room of another rank's.
         Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
         the device cannot run what it holds.
@@ -57,7 +57,7 @@ class SentinelNormLauncher:
         library = native.library()
         error = library.tpo_all_reduce_one_shot_sentinel_add_rms_norm_prepare(world_size)
         native.check(error, "all_reduce_add_rms_norm: the CUDA kernels could not be loaded")
-        self._args = _Args(launch_ahead=launch_ahead)
+        self._args = _Args(launched_ahead=launched_ahead)
         self._sum = self._args.sum  # the same bytes
         self._sum.base_table, self._sum.control, self._sum.record = base_table_ptr, control_ptr, record_ptr
         self._sum.sentinel_offset, self._sum.sentinel_bytes = sentinel_offset, sentinel_bytes

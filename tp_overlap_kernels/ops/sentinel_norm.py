@@ -45,5 +45,5 @@ class IssuedSentinelNorm:
 
 def _launcher(arena: Arena) -> SentinelNormLauncher:
     ahead = arena.topology.ranks_per_device == 1
-    launcher = arena.cache["sentinel norm"] = SentinelNormLauncher(**of_sentinels(arena), launch_ahead=ahead)
+    launcher = arena.cache["sentinel norm"] = SentinelNormLauncher(**of_sentinels(arena), launched_ahead=ahead)
     return launcher

@@ -1,4 +1,4 @@
-"""The command line: run, tune, plot, explain."""
+"""The command line: run, tune, plot, timeline, explain."""
 
 from __future__ import annotations
 
@@ -210,6 +210,41 @@ def plot(
             typer.echo(str(path))
     except ValueError as reason:
         raise refuse(reason) from None
+
+
+@app.command()
+def timeline(
+    op: Annotated[str, typer.Option("--op", help="gemm_all_reduce or gemm_reduce_scatter.")] = cases.GEMM_ALL_REDUCE,
+    layer: Annotated[str, typer.Option("--layer", help="N,K_local or name=N,K_local.")] = "8192,1024",
+    m: Annotated[int, typer.Option("--m", "--M", min=1)] = 1024,
+    plan: Annotated[str, typer.Option("--plan", help="Such as sm90:block_n=128,lead=33.")] = "sm90",
+    ranks: Ranks = None,
+    out: Annotated[pathlib.Path, typer.Option("--out", help="The PNG.")] = pathlib.Path("timeline.png"),
+    json: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the intervals here.")] = None,
+    seed: Seed = 0,
+    commit: Commit = None,
+) -> None:
+    """Draw what the blocks of one call did when, as rank 0 saw it. For the CUDA kernels of the plan sm90, bf16."""
+    from .timeline import TimelineOptions, record
+
+    try:
+        known = machine.defaults("cuda", ranks, 1)
+        if chosen_ops([op], ())[0] == cases.ALL_REDUCE:
+            raise ValueError("--op is gemm_all_reduce or gemm_reduce_scatter: nothing else has tiles to draw")
+        options = TimelineOptions(
+            op=op,
+            layer=cases.parse_layer(layer),
+            M=m,
+            plan=plan,
+            png=out,
+            json_path=json,
+            seed=seed,
+            command=command_line(),
+            commit=commit,
+        )
+    except ValueError as reason:
+        raise refuse(reason) from None
+    raise typer.Exit(run_ranks(record, options, known.topology))
 
 
 @app.command()

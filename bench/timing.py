@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from .launch import World
 
-Call = Callable[[torch.Tensor | None], torch.Tensor]  # weight -> result; everything else is bound
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # or (y, new_residual)
+Call = Callable[[torch.Tensor | None], Result]  # weight -> result; everything else is bound
 CALLS_A_SAMPLE = 10
 BLOCKER_US = 60.0  # covers the launch of one graph
 
@@ -61,7 +62,7 @@ class Timed(Protocol):
     """Something a sample can be taken of. `queue` starts a sample; the function it returns reads the time in us and
     may be called once the device is idle. `out` is the result of the last call, made with weight copy 0."""
 
-    out: torch.Tensor
+    out: Result
     host_us: list[float]
 
     @property
@@ -124,7 +125,7 @@ class GraphTimed:
     graph: torch.cuda.CUDAGraph
     call: Call
     calls: int
-    out: torch.Tensor
+    out: Result
     host_us: list[float] = field(default_factory=list)
 
     @classmethod
@@ -157,7 +158,7 @@ class EagerTimed:
     clock: CudaClock
     call: Call
     weights: list[torch.Tensor]
-    out: torch.Tensor
+    out: Result
     host_us: list[float] = field(default_factory=list)
 
     @property
@@ -192,7 +193,7 @@ class WallTimed:
     clock: CpuClock
     call: Call
     weights: list[torch.Tensor]
-    out: torch.Tensor
+    out: Result
     calls: int = 1
     host_us: list[float] = field(default_factory=list)
 

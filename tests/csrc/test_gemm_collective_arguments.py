@@ -6,7 +6,7 @@ import torch
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import TpOverlapError
 from tp_overlap_kernels.kernels import gemm
-from tp_overlap_kernels.kernels.gemm_collectives import TILE_BYTES, GemmCollectiveLauncher
+from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, GemmCollectiveLauncher
 
 pytestmark = pytest.mark.skipif(
     not native.LIBRARY_PATH.exists(), reason="needs libtpo_kernels.so: install the package where nvcc and cmake are"
@@ -65,11 +65,29 @@ def test_more_sums_than_the_arena_takes_are_refused(monkeypatch):
         launch(monkeypatch, "gemm_all_reduce", result_bytes=2 * TILE_BYTES[256] - 1)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("intervals", "dtype_code", "reason"),
+    [(0, 0, "invalid argument"), (8, 1, "invalid argument"), (8, 0, "driver")],
+    ids=["no room", "fp16, of which none is built", "right"],
+)
+def test_a_trace_needs_room_and_bf16(monkeypatch, op, intervals, dtype_code, reason):
+    if reason == "driver" and torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    monkeypatch.setattr(native, "check", lambda error, what: None)
+    launcher = GemmCollectiveLauncher(op, **(ARENA | ROOM))
+    monkeypatch.undo()
+    launcher.trace(4096, intervals)
+    with pytest.raises(TpOverlapError, match=rf"{op}: .*{reason}"):
+        launcher(**(RIGHT | {"dtype_code": dtype_code}))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_right_comes_as_far_as_the_driver(monkeypatch, op):
-    with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
-        launch(monkeypatch, op)
+    for schedule in SCHEDULES.values():
+        with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
+            launch(monkeypatch, op, schedule=schedule, tile_slots=8)
     with pytest.raises(TpOverlapError, match=rf"{op}: the CUDA kernels could not be loaded: .*driver"):
         GemmCollectiveLauncher(op, **(ARENA | ROOM))
 

@@ -19,7 +19,8 @@ MIB = 1 << 20
 
 
 def h200(world_size=2, **changes):
-    limits = {"native": True, "one_shot_bytes": 4 * MIB, "sentinel_bytes": MIB}
+    limits = {"native": True, "one_shot_bytes": 4 * MIB, "sentinel_bytes": MIB, "staged_bytes": 64 * MIB}
+    limits |= {"tile_slots": 1 << 16}
     return Topology("NVIDIA H200", "cuda", world_size, **(limits | changes))
 
 
@@ -39,30 +40,45 @@ AR, RS = "gemm_all_reduce", "gemm_reduce_scatter"
 
 # (problem, topology, name of the plan, why)
 RULES = [
-    (gemm(AR, 1), h200(), "one_shot", "decode"),
+    (gemm(AR, 1), h200(), "decode", "decode"),
+    (gemm(AR, 16), h200(), "decode", "the last M of the CUDA kernel for decode"),
+    (gemm(AR, 17), h200(), "one_shot", "one row more"),
+    (gemm(AR, 1), h200(native=False), "one_shot", "decode without the CUDA library"),
     (gemm(AR, 64), h200(), "one_shot", "the last M of one-shot"),
     (gemm(AR, 65), h200(), "unfused_one_shot", "one row more"),
-    (gemm(AR, 1), h200(one_shot_bytes=1024), "unfused_two_shot", "the arena is too small for one-shot"),
+    (gemm(AR, 17), h200(one_shot_bytes=1024), "unfused_two_shot", "the arena is too small for one-shot"),
     (gemm(AR, 64, world_size=8), h200(8), "unfused_two_shot", "seven peers would each get 1 MiB"),
-    (gemm(AR, 8, world_size=8), h200(8), "one_shot", "decode on eight ranks"),
-    (gemm(AR, 2, N=1000), h200(one_shot_bytes=4032), "one_shot", "rows of 1000 take 1008 in the arena"),
-    (gemm(AR, 2, N=1000), h200(one_shot_bytes=4031), "unfused_two_shot", "rows of 1000 do not fit, 4000 bytes would"),
-    (gemm(AR, 512), h200(), "unfused_two_shot", "too few tiles to hide anything, too long for one-shot"),
+    (gemm(AR, 8, world_size=8), h200(8), "decode", "decode on eight ranks"),
+    (gemm(AR, 20, N=1000), h200(one_shot_bytes=40320), "one_shot", "rows of 1000 take 1008 in the arena"),
+    (
+        gemm(AR, 20, N=1000),
+        h200(one_shot_bytes=40319),
+        "unfused_two_shot",
+        "rows of 1000 do not fit, 40000 bytes would",
+    ),
+    (gemm(AR, 511), h200(), "unfused_two_shot", "too few tiles to hide anything, too long for one-shot"),
+    (gemm(AR, 512), h200(), "sm90", "the first M of the CUDA kernels"),
+    (gemm(AR, 512), h200(native=False), "unfused_two_shot", "no CUDA library"),
     (gemm(AR, 256, world_size=4), h200(4), "unfused_two_shot", "three peers would each get 4 MiB"),
-    (gemm(AR, 1024), h200(), "two_shot", "prefill"),
+    (gemm(AR, 1024), h200(), "sm90", "prefill"),
+    (gemm(AR, 1024), h200(native=False), "two_shot", "prefill without the CUDA library"),
     (gemm(AR, 8192, K=14784), h200(), "chunked", "prefill with a very long GEMM"),
-    (gemm(AR, 8192), h200(), "two_shot", "a GEMM not long enough for chunks"),
-    (gemm(AR, 4096, K=1024), h200(), "two_shot", "the transfer is longer than the GEMM"),
-    (gemm(AR, 2048, N=4096), h200(), "two_shot", "copies too small for the copy engine"),
-    (gemm(AR, 8192, world_size=4), h200(4), "two_shot", "chunked is for two ranks"),
+    (gemm(AR, 4096, K=14784), h200(), "sm90", "copies too small for the copy engine"),
+    (gemm(AR, 8192, K=14784, world_size=4), h200(4), "sm90", "chunked is for two ranks"),
+    (gemm(AR, 8192, N=4100), h200(), "two_shot", "rows that the copy engine cannot store"),
+    (gemm(AR, 8192, N=120), h200(), "two_shot", "less than a tile across"),
     (gemm(AR, 8192, world_size=8), h200(8, native=False), "two_shot", "large M on eight ranks"),
     (gemm(RS, 16), h200(), "one_shot", "decode"),
     (gemm(RS, 16), h200(one_shot_bytes=1024), "unfused_push", "the arena is too small for one-shot"),
     (gemm(RS, 65), h200(), "unfused_push", "one row more than decode"),
-    (gemm(RS, 512), h200(), "unfused_push", "too few tiles to hide anything"),
-    (gemm(RS, 513), h200(), "push", "one row more"),
-    (gemm(RS, 8192), h200(), "chunked", "prefill with a long GEMM"),
-    (gemm(RS, 8192, world_size=3), h200(3), "push", "a world that divides nothing"),
+    (gemm(RS, 511), h200(), "unfused_push", "too few tiles to hide anything"),
+    (gemm(RS, 512), h200(), "sm90", "one row more"),
+    (gemm(RS, 512), h200(native=False), "unfused_push", "without the CUDA library"),
+    (gemm(RS, 513), h200(native=False), "push", "one row more"),
+    (gemm(RS, 8192), h200(), "sm90", "prefill with a long GEMM"),
+    (gemm(RS, 8192), h200(native=False), "chunked", "without the CUDA library"),
+    (gemm(RS, 8192, world_size=3), h200(3), "sm90", "a world that divides nothing"),
+    (gemm(RS, 8192, world_size=3), h200(3, native=False), "push", "and no CUDA library"),
     (elements(8192), h200(), "sentinel", "decode"),
     (elements(8192), h200(native=False), "one_shot", "no CUDA library"),
     (elements(8192), h200(sentinel_bytes=4096), "one_shot", "the sentinel region is too small"),
@@ -141,8 +157,8 @@ def test_tiles_of_two_shot(M, N, block_m, block_n):
     [(1, 8192, 16, 64), (17, 8192, 32, 64), (64, 8192, 64, 64), (16, 4096, 16, 32), (1, 152064, 16, 128)],
 )
 def test_tiles_of_one_shot(M, N, block_m, block_n):
-    plan = select(gemm(AR, M, N), h200())
-    assert (plan.name, plan.get("block_m"), plan.get("block_n")) == ("one_shot", block_m, block_n)
+    plan = select(gemm(AR, M, N), h200(), forced="one_shot")
+    assert (plan.get("block_m"), plan.get("block_n")) == (block_m, block_n)
 
 
 # ---- the table
@@ -216,6 +232,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("unfused_one_shot", gemm(AR, 512), h200(one_shot_bytes=MIB), "exceeds the one-shot region"),
         ("unfused_sentinel", gemm(AR, 512), h200(), "exceeds the sentinel region of 1048576"),
         ("unfused_sentinel", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
+        ("unfused_sentinel", gemm(RS, 129), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
         ("decode", gemm(AR, 129), h200(sentinel_bytes=8 * MIB), "takes M <= 128, not 129"),
         ("decode", gemm(AR, 64, N=8193), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
         ("decode", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
@@ -224,6 +241,10 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("sm90", gemm(AR, 4096), h200(native=False), "the CUDA library is not loaded"),
         ("sm90", gemm(RS, 4096, N=4100), h200(), "N must be a multiple of 8 for the copy engine, got 4100"),
         ("sm90", gemm(AR, 64), cpu("interp"), "no CPU twin"),
+        ("sm90:block_n=64", gemm(AR, 64), h200(), "must be one of 128, 256, got 64"),
+        ("sm90:block_n=256,stagings=2", gemm(AR, 64), h200(), "stagings=1 with block_n=256, and for no more, got 2"),
+        ("sm90:stagings=3", gemm(AR, 64), h200(), "room for stagings=2 with block_n=128, and for no more, got 3"),
+        ("sm90:block_n=256", gemm(AR, 64, N=520), h200(staged_bytes=5 * 65536), "max_M=512 and max_N=768 has"),
         ("chunked", gemm(AR, 8192, world_size=4), h200(4), "world_size=2, not 4"),
         ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
         ("unfused_nccl", gemm(AR, 8192), h200(ranks_per_device=2), "two ranks on one device"),
@@ -256,19 +277,13 @@ def test_a_forced_plan_is_taken_over_table_and_rule():
 
 
 @pytest.mark.parametrize(
-    ("problem", "block_n", "lead"),
-    [
-        pytest.param(gemm(AR, 4096), 256, 0, id="many waves of long tiles"),
-        pytest.param(gemm(AR, 1024), 128, 0, id="two waves"),
-        pytest.param(gemm(RS, 4096, K=1024), 256, 66, id="a wave of partials takes longer than its products"),
-        pytest.param(gemm(AR, 4096, K=1024), 256, 0, id="between two ranks sums are as many as partials"),
-        pytest.param(gemm(AR, 8192, K=4096, world_size=4), 256, 22, id="three sums a tile"),
-        pytest.param(gemm(RS, 8192, K=4096, world_size=4), 256, 0, id="one partial a tile"),
-    ],
+    ("problem", "lead"),
+    [(gemm(AR, 4096), 33), (gemm(RS, 4096), 66), (gemm(AR, 8192, world_size=4), 11), (gemm(RS, 99, world_size=8), 10)],
 )
-def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, block_n, lead):
+def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, lead):
     plan = select(problem, h200(problem.world_size), forced="sm90")
-    assert (plan["block_n"], plan["lead"], plan["group_m"]) == (block_n, lead, 8)
+    assert (plan["block_n"], plan["lead"], plan["group_m"], plan["stagings"]) == (128, lead, 8, 1)
+    assert plan == select(problem, h200(problem.world_size), forced="sm90:stagings=1")  # and so has the same call hash
 
 
 def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
-MODULES = ("checks", "mixtures", "values", "peers", "words")
+MODULES = ("checks", "mixtures", "values", "peers", "words", "norms")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(280),
@@ -44,7 +44,10 @@ def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> No
     import torch.distributed as dist
 
     import tp_overlap_kernels as tpo
+    from tests.ops.judge import count_in_f32
 
+    count_in_f32()
+    torch.set_num_threads(8)  # rank 0 judges; all ranks prepare
     dist.init_process_group("nccl" if devices >= world_size else "gloo")
     checks = importlib.import_module(f"tests.gpu.{module}")
     for check in checks.CHECKS:

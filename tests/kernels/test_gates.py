@@ -236,7 +236,7 @@ def test_multicast_does_not_pass():
 def test_a_barrier_further_up_does_not_pass():
     """A branch may lead around it."""
     good = of_gemm(GEMMS[1])[1].asm["ptx"]
-    bad = re.sub(r"barrier\.sync 0;(?=\s+mov\.u32 tid, %tid\.x;\s+setp\.eq\.u32 first)", "", good)
+    bad = re.sub(r"barrier\.sync\.aligned 0;(?=\s+mov\.u32 tid, %tid\.x;\s+setp\.eq\.u32 first)", "", good)
     assert bad != good
     with pytest.raises(AssertionError, match="no barrier of the CTA"):
         gates.barrier_before_release(bad)

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 import tp_overlap_kernels as tpo
-from tp_overlap_kernels.dispatch import Plan
-from tp_overlap_kernels.errors import InvalidInput
-from tp_overlap_kernels.kernels.gemm import LARGE, SMALL
-from tp_overlap_kernels.kernels.gemm_collectives import TILE_BYTES, rows_that_fit
+from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
+from tp_overlap_kernels.dispatch.select import STAGINGS_SM90, rows_of_whole_tiles, why_not
+from tp_overlap_kernels.dispatch.table import Entry, Table
+from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
 from tp_overlap_kernels.memory import arena as arenas
 from tp_overlap_kernels.memory.layout import layout
-from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, sm90
+from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5")
+PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2")
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
 NAMES = (
     "a",
@@ -51,7 +51,7 @@ def kernel(request, monkeypatch):
     arena = arenas.get("local")
     launcher = arena.cache[module.OP] = Launcher()
     monkeypatch.setattr(module, "plan_for", lambda *args: (PLAN, 7))
-    monkeypatch.setattr(sm90, "rows_that_fit", lambda arena, plan, N: M)
+    monkeypatch.setattr(launches, "rows_of_whole_tiles", lambda *of: M)
     monkeypatch.setattr(sm90, "stream_of", lambda index: 77)
     launcher.op = getattr(torch.ops.tp_overlap, module.OP)
     launcher.out_op = getattr(torch.ops.tp_overlap, module.OP + "_out")
@@ -69,7 +69,8 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     a, b = inputs(dtype)
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
-    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SMALL, "group_rows": 8, "lead": 5}
+    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SCHEDULES[128, 2]}
+    expected |= {"group_rows": 8, "lead": 5}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "stream": 77}
     for _ in range(3):  # the second and the third are known
         out = kernel.op(a, b, "local", bias)
@@ -108,18 +109,40 @@ def test_a_call_larger_than_the_arena_runs_in_chunks(kernel):
     assert kernel.calls[0]["M"] == M and sum(call["M"] for call in kernel.calls) >= M + 100
 
 
+def test_calls_are_traced_while_the_context_lasts():
+    tpo.init(max_M=1024, max_N=512)
+    arena = arenas.get("local")
+    told = []
+    arena.cache["gemm_all_reduce"] = type("Launcher", (), {"trace": lambda self, *of: told.append(of)})()
+    with pytest.raises(ZeroDivisionError), sm90.traced(arena, "gemm_all_reduce", 5) as trace:
+        assert told == [(trace.data_ptr(), 5)] and not trace.any()
+        assert trace.shape == (arena.programs, len(TRACE_ROLES), 5, TRACE_WORDS) and trace.dtype == torch.int32
+        raise ZeroDivisionError
+    assert told[1:] == [(0, 0)]
+    tpo.close()
+
+
+def on_h200(W: int, **limits) -> Topology:
+    return Topology("NVIDIA H200", "cuda", W, native=True, **limits)
+
+
+def test_dispatch_knows_which_kernels_there_are():
+    assert set(SCHEDULES) == {(cols, stagings) for cols, all_ in STAGINGS_SM90.items() for stagings in all_}
+    assert len({schedule.code for schedule in SCHEDULES.values()}) == len(SCHEDULES)
+    assert all(schedule.cols == cols for (cols, _), schedule in SCHEDULES.items())
+
+
 @pytest.mark.parametrize("W", [2, 3, 4, 8])
 @pytest.mark.parametrize(("max_M", "max_N"), [(8192, 8192), (2048, 4096), (4099, 1032)])
-@pytest.mark.parametrize("schedule", [LARGE, SMALL], ids=["large", "small"])
-def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M, max_N, schedule):
+@pytest.mark.parametrize("cols", STAGINGS_SM90)
+def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M, max_N, cols):
     room = layout(max_M, max_N, 2, W)
-    limits = {"staging_slot_bytes": room.staging_slot_bytes, "result_bytes": room.total_bytes - room.result}
-    rows = rows_that_fit(max_N, schedule.cols, W, **limits, tile_slots=room.tile_slots)
+    rows = rows_of_whole_tiles(max_N, cols, on_h200(W, **room.limits()))
 
     def fits(rows):
-        owned = 2 * -(-(rows // W) // 256) * -(-max_N // schedule.cols)  # tiles of an owner, of either kernel
-        staged = owned * TILE_BYTES[schedule.cols]
-        return staged <= limits["staging_slot_bytes"] and (W - 1) * staged <= limits["result_bytes"]
+        owned = 2 * -(-(rows // W) // 256) * -(-max_N // cols)  # tiles of an owner, of either kernel
+        staged = owned * TILE_BYTES[cols]
+        return staged <= room.staging_slot_bytes and (W - 1) * staged <= room.total_bytes - room.result
 
     assert fits(rows) and not fits(rows + 256 * W)
     if max_N % 256 == 0 and max_M % (256 * W) == 0:
@@ -127,26 +150,23 @@ def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M
 
 
 @pytest.mark.parametrize(
-    ("staged", "results", "slots", "pairs"),
-    [(100, 300, 400, 50), (7, 300, 400, 3), (100, 23, 400, 3), (100, 300, 31, 3), (1, 300, 400, 0)],
-    ids=["all", "staging", "results of three peers", "flags of four ranks", "not one pair"],
+    ("staged", "slots", "pairs"),
+    [(100, 400, 50), (7, 400, 3), (100, 31, 3), (1, 400, 0)],
+    ids=["all", "staging", "flags of four ranks", "not one pair"],
 )
-def test_each_part_of_the_arena_may_be_what_limits(staged, results, slots, pairs):
-    tile = TILE_BYTES[256]
-    limits = {"staging_slot_bytes": staged * tile, "result_bytes": results * tile, "tile_slots": slots}
-    assert rows_that_fit(256, 256, 4, **limits) == pairs * 4 * 256
-    assert rows_that_fit(257, 256, 4, **limits) == pairs // 2 * 4 * 256
+def test_each_part_of_the_arena_may_be_what_limits(staged, slots, pairs):
+    topology = on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots)
+    assert rows_of_whole_tiles(256, 256, topology) == pairs * 4 * 256
+    assert rows_of_whole_tiles(257, 256, topology) == pairs // 2 * 4 * 256
 
 
-def test_too_small_an_arena_is_refused_with_what_would_do():
-    tpo.init(max_M=64, max_N=128)
-    arena = arenas.get("local")
-    arena.world_size = 2
-    try:
-        with pytest.raises(InvalidInput, match=r"no room for its tiles.*N=128.*max_M of at least 512"):
-            sm90.rows_that_fit(arena, PLAN, 128)
-        with pytest.raises(InvalidInput, match=r"block_n must be one of 128, 256"):
-            sm90.rows_that_fit(arena, Plan.parse("sm90:block_n=64"), 128)
-    finally:
-        arena.world_size = 1
-        tpo.close()
+def test_an_arena_without_room_for_its_tiles_is_left_to_another_plan():
+    """Also where a table names the plan; with the room that the refusal asks for it is taken."""
+    problem = Problem("gemm_all_reduce", 512, 65536, 1, "bfloat16", 2)
+    entry = Entry(problem.op, problem.N, problem.K, problem.dtype, problem.M, (PLAN,))
+    measured = Table("", "NVIDIA H200", 2, (entry,))
+    too_small = on_h200(2, **layout(512, 8192, 2, 2).limits())
+    reason = why_not(PLAN, problem, too_small)
+    assert "no room" in reason and "max_M=512 and max_N=65536" in reason
+    assert select(problem, too_small, measured).name != "sm90"
+    assert select(problem, on_h200(2, **layout(512, 65536, 2, 2).limits()), measured).name == "sm90"

@@ -38,7 +38,12 @@ def operands(peer: PeerCase, case: Case, rank: int, device: str, call: int = 0) 
     elif peer.data == "uniform":
         pair = [torch.rand(n, case.K, generator=generator, device=device) for n in (case.M, case.N)]
     else:
-        scales = {"normal": (1, 1), "unit": (1, case.K**-0.5), "a tenth": (0.1, 0.1), "flux": (0.01 * (rank + 1),) * 2}
+        scales = {
+            "normal": (1, 1),
+            "a quarter": (0.25, case.K**-0.5),
+            "a tenth": (0.1, 0.1),
+            "flux": (0.01 * (rank + 1), 0.01 * (rank + 1)),
+        }
         pair = [normal(n, case.K) * scale for n, scale in zip((case.M, case.N), scales[peer.data], strict=True)]
     return [x.to(case.dtype) for x in pair]
 

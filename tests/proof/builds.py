@@ -38,7 +38,7 @@ MUTANTS = {
     "release without barrier": (
         Edit(
             "lang/ptx.py",
-            "    barrier.sync 0;\n    mov.u32 tid, %tid.x;\n    setp.eq",
+            "    barrier.sync.aligned 0;\n    mov.u32 tid, %tid.x;\n    setp.eq",
             "    mov.u32 tid, %tid.x;\n    setp.eq",
         ),
     ),

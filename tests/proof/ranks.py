@@ -15,6 +15,7 @@ import torch.distributed as dist
 import tp_overlap_kernels as tpo
 from tests.dist import RankPool
 from tests.ops.calls import group_name
+from tests.ops.judge import count_in_f32
 from tp_overlap_kernels.dispatch import Plan, Problem
 from tp_overlap_kernels.dispatch.problem import PLAN_NAMES
 from tp_overlap_kernels.dispatch.select import why_not
@@ -51,6 +52,7 @@ def take_device(rank: int, machine: Machine) -> torch.device:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     device = torch.device("cuda", rank % devices)
     torch.cuda.set_device(device)
+    count_in_f32()
     return device
 
 

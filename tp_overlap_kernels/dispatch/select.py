@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ..errors import InvalidInput
-from .problem import ITEMSIZE, PLAN_NAMES, Plan, Problem, Topology
+from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
 KIB, MIB = 1024, 1024 * 1024
@@ -26,10 +26,16 @@ ONE_SHOT_MAX_M = 64
 # ... while what a rank sends, (W-1) messages, stays small. Unfused at W=4, N=8192: one-shot ties at M=1, is 5 % behind
 # two-shot at M=16 (768 KiB sent) and 22 % at M=64 (3 MiB). W=2, M=64, N=8192 sends 1 MiB.
 ONE_SHOT_MAX_SENT_BYTES = 1 * MIB
+# The CUDA kernel for decode before it: 9.1 us against 11.0 at N=4096 K=2048 M=16, 61.6 against 62.8 at N=8192 K=14784
+# M=1. At M=64 it wins in three of six layers.
+DECODE_FIRST_MAX_M = 16
 # Between decode and prefill cuBLAS and a collective of ours: the GEMM has too few tiles to hide its epilogues behind.
 # Measured at M=512: level with the fused kernels at N=8192 K=4096 (79.2 us against 79.7), ahead at N=4096 K=7168 (58.8
 # against 65.6).
 UNFUSED_MAX_M = 512
+# The CUDA kernels for Hopper from here on: N=8192 K=4096 M=512 72.7 us against 76 of the Triton one, M=1024 125 against
+# 133. An all-reduce with K=14784 is the exception: 408 against 401 at M=1024.
+SM90_MIN_M = 512
 # The collective then: one-shot up to here between two ranks (M=256, N=8192: 44.6 us with it, 48.6 with two-shot).
 UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
 # Chunked cuBLAS, W=2, needs copies large enough for the copy engine and a GEMM well longer than the transfer, which
@@ -42,6 +48,9 @@ SENTINEL_MAX_BYTES = 256 * KIB
 # One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
 # which pay two barriers; ours pays one exchange (3.0 us at 256 KiB), so the crossing is put one step higher.
 ONE_SHOT_ALL_REDUCE_MAX_BYTES = 512 * KIB
+# Sum and norm in one launch where the sum alone would be one; nobody has measured it.
+SENTINEL_NORM_MAX_BYTES, ONE_SHOT_NORM_MAX_BYTES = SENTINEL_MAX_BYTES, ONE_SHOT_ALL_REDUCE_MAX_BYTES
+SENTINEL_NORM_MAX_N = 8192  # a block has one row, two vectors a thread
 # The interpreter has no speed to choose by: both kernels get their share of shapes, as on the device.
 INTERP_ONE_SHOT_MAX_M = 32
 INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
@@ -58,12 +67,11 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 # The same where 128 x 256 tiles would leave SMs idle (N=4096, M=512).
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
-# The same for the CUDA kernels, of which two blocks share a column: with few waves of tiles smaller ones, since what is
-# left over when the products end is the exchange of one wave (predicted: 25 us against 12).
-TILES_SM90 = {"block_n": 256, "group_m": 8}
-TILES_FEW_SM90 = {"block_n": 128, "group_m": 8}
-FEW_TILES_SM90 = 4 * 66
-LEAD_SM90 = 66  # one wave
+# The CUDA kernels for Hopper. Tiles of 256 columns are up to 3 % faster in a few cases of M=8192, and slower elsewhere.
+STAGINGS_SM90 = {128: (1, 2), 256: (1,)}  # buffers on the way to peers, by columns of a tile; more have no room
+TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1}
+# Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
+LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
 TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
 # The CUDA decode kernel: as many blocks as there are SMs, or a few less. Above 32 rows of a, tiles of 128 rows of b:
@@ -89,7 +97,7 @@ def select(problem: Problem, topology: Topology, table: Table | None = None, for
     """The plan for `problem`, with every kernel parameter filled in.
 
     forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
-    the op counts ("two_shot;push" forces all three ops). Parameters left open take the defaults of this file.
+    the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file.
     Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
     """
     return decide(problem, topology, table, forced).plan
@@ -108,15 +116,26 @@ def decide(problem: Problem, topology: Topology, table: Table | None = None, for
     looked_at = [(plan, why_not(plan, problem, topology)) for plan in measured]
     source = "table"
     if all(reason for _, reason in looked_at):
-        looked_at += [(plan, why_not(plan, problem, topology)) for plan in rule_of_thumb(problem, topology)]
+        looked_at += [(plan, why_not(plan, problem, topology)) for plan in _by_rule(problem, topology, table)]
         source = "rule"
     plan = next(plan for plan, reason in looked_at if reason is None)
     return Decision(_complete(plan, problem, topology), source, tuple(looked_at))
 
 
+def _by_rule(problem: Problem, topology: Topology, table: Table | None) -> list[Plan]:
+    """`rule_of_thumb`; for an op with a norm one launch for both where that is small, then what its sum gets."""
+    if problem.op not in SUM_OF:
+        return rule_of_thumb(problem, topology)
+    of_sum = [
+        dataclasses.replace(plan, why=f"the sum: {plan.why}", us=None)
+        for plan, _ in decide(problem.sum, topology, table).candidates
+    ]
+    return of_sum if _only_plan(topology) else [*_one_launch_norm(problem, topology), *of_sum]
+
+
 def _one_launch_first(problem: Problem, measured: list[Plan]) -> list[Plan]:
     """The same plans; at decode those of one launch first that are nearly as fast as the fastest."""
-    if problem.op == "all_reduce" or problem.M > ONE_SHOT_MAX_M or not measured:
+    if problem.op not in ("gemm_all_reduce", "gemm_reduce_scatter") or problem.M > ONE_SHOT_MAX_M or not measured:
         return measured
     enough = WORTH_A_LAUNCH * (measured[0].us or 0.0)
     return sorted(measured, key=lambda plan: not (plan.name in ONE_LAUNCH and (plan.us or 0.0) <= enough))
@@ -136,7 +155,7 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if topology.backend == "interp" and plan.name in _CUDA_ONLY:
         return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
-    return limit(problem, topology) if limit else None
+    return limit(plan, _served(plan.name, problem), topology) if limit else None
 
 
 def runnable(problem: Problem, topology: Topology) -> list[str]:
@@ -156,7 +175,16 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 # ---- what a plan needs
 
-_CUDA_ONLY = ("decode", "sm90", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
+
+def _served(name: str, problem: Problem) -> Problem:
+    """What the plan's sum serves: the call without its norm, where that is a launch of its own."""
+    return problem.sum if problem.op in SUM_OF and not name.endswith("_norm") else problem
+
+
+_CUDA_ONLY = (
+    *("decode", "sm90", "sentinel", "unfused_sentinel", "sentinel_norm", "unfused_sentinel_norm"),
+    *("nccl", "unfused_nccl"),
+)
 _TILED = ("one_shot", "two_shot", "push")
 
 
@@ -172,19 +200,29 @@ def _exceeds(needed_bytes: int, region: str, capacity_bytes: int) -> str | None:
     return f"the message of {needed_bytes} bytes exceeds the {region} region of {capacity_bytes} bytes"
 
 
-def _one_shot_limit(problem: Problem, topology: Topology) -> str | None:
+def _one_shot_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.arena_bytes, "one-shot", topology.one_shot_bytes)
 
 
-def _sentinel_limit(problem: Problem, topology: Topology) -> str | None:
+def _sentinel_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if not topology.native:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
         return f"the sentinel kernel takes bfloat16 and float16, not {problem.dtype}"
+    if problem.op == "gemm_reduce_scatter":
+        share = -(-problem.M // problem.world_size) * problem.N * ITEMSIZE[problem.dtype]  # what one owner gets
+        return _exceeds(share, "sentinel", topology.sentinel_bytes)
     return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
 
 
-def _decode_limit(problem: Problem, topology: Topology) -> str | None:
+def _sentinel_norm_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
+    if problem.N > SENTINEL_NORM_MAX_N:
+        return f"the sentinel kernel norms rows of up to {SENTINEL_NORM_MAX_N} elements, not {problem.N}"
+    whole_vectors = dataclasses.replace(problem, N=-(-problem.N // 8) * 8)
+    return _sentinel_limit(plan, whole_vectors, topology)
+
+
+def _decode_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if not topology.native:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
@@ -195,28 +233,55 @@ def _decode_limit(problem: Problem, topology: Topology) -> str | None:
     return _exceeds(problem.M * -(-problem.N // 128) * 128 * 2, "sentinel", topology.sentinel_bytes)
 
 
-def _sm90_limit(problem: Problem, topology: Topology) -> str | None:
+def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if not topology.native:
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
         return f"the kernels for Hopper take bfloat16 and float16, not {problem.dtype}"
-    return None if problem.N % 8 == 0 else f"N must be a multiple of 8 for the copy engine, got {problem.N}"
+    if problem.N % 8:
+        return f"N must be a multiple of 8 for the copy engine, got {problem.N}"
+    complete = _complete(plan, problem, topology)
+    block_n, stagings = complete["block_n"], complete["stagings"]
+    if block_n not in STAGINGS_SM90:
+        return f"block_n must be one of {', '.join(map(str, STAGINGS_SM90))}, got {block_n}"
+    if stagings not in STAGINGS_SM90[block_n]:
+        most = STAGINGS_SM90[block_n][-1]
+        return f"shared memory has room for stagings={most} with block_n={block_n}, and for no more, got {stagings}"
+    if rows_of_whole_tiles(problem.N, block_n, topology):
+        return None
+    return (
+        f"the arena has no room for 256 rows a rank in tiles of {block_n} columns at N={problem.N}; "
+        f"init with max_M={256 * topology.world_size} and max_N={-(-problem.N // block_n) * block_n} has"
+    )
 
 
-def _chunked_limit(problem: Problem, topology: Topology) -> str | None:
+def rows_of_whole_tiles(N: int, block_n: int, topology: Topology) -> int:
+    """The most rows of a call that the plan sm90 runs in one piece: 256 a rank at a time. 0: none.
+
+    It stages whole tiles of 128 x block_n, also where a matrix ends within them.
+    """
+    tiles = min(topology.staged_bytes // (128 * block_n * 2), topology.tile_slots // topology.world_size)
+    return topology.world_size * 256 * (tiles // 2 // -(-N // block_n))
+
+
+def _chunked_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     # With more peers their partials would have to be summed before the beta=1 of the own GEMM can add them.
     return None if topology.world_size == 2 else f"chunked works with world_size=2, not {topology.world_size}"
 
 
-def _nccl_limit(problem: Problem, topology: Topology) -> str | None:
+def _nccl_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     return "NCCL refuses two ranks on one device" if topology.ranks_per_device > 1 else None
 
 
-_LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
+_LIMITS: dict[str, Callable[[Plan, Problem, Topology], str | None]] = {
     "one_shot": _one_shot_limit,
     "unfused_one_shot": _one_shot_limit,
+    "one_shot_norm": _one_shot_limit,
+    "unfused_one_shot_norm": _one_shot_limit,
     "sentinel": _sentinel_limit,
     "unfused_sentinel": _sentinel_limit,
+    "sentinel_norm": _sentinel_norm_limit,
+    "unfused_sentinel_norm": _sentinel_norm_limit,
     "decode": _decode_limit,
     "sm90": _sm90_limit,
     "chunked": _chunked_limit,
@@ -231,25 +296,30 @@ _LIMITS: dict[str, Callable[[Problem, Topology], str | None]] = {
 def _gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
     sent_bytes = (problem.world_size - 1) * problem.message_bytes
     if problem.M <= ONE_SHOT_MAX_M and sent_bytes <= ONE_SHOT_MAX_SENT_BYTES:
-        return [
-            ("one_shot", f"M <= {ONE_SHOT_MAX_M} and a rank sends at most {ONE_SHOT_MAX_SENT_BYTES} bytes"),
-            ("unfused_two_shot", "small M"),
-        ]
+        why = f"M <= {ONE_SHOT_MAX_M} and a rank sends at most {ONE_SHOT_MAX_SENT_BYTES} bytes"
+        decode = [("decode", f"M <= {DECODE_FIRST_MAX_M}")] if 0 < problem.M <= DECODE_FIRST_MAX_M else []
+        return [*decode, ("one_shot", why), ("unfused_two_shot", "small M")]
     if problem.M <= UNFUSED_MAX_M:
         why = f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind"
         one_shot = problem.world_size == 2 and problem.message_bytes <= UNFUSED_ONE_SHOT_MAX_BYTES
-        return [("unfused_one_shot", why)] * one_shot + [("unfused_two_shot", why)]
+        return [*_sm90(problem), *[("unfused_one_shot", why)] * one_shot, ("unfused_two_shot", why)]
     chunked = _chunked(problem, CHUNKED_SUM_MIN_BYTES, CHUNKED_SUM_MIN_K)
-    return [*chunked, ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+    return [*chunked, *_sm90(problem), ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
 
 
 def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
     if problem.M <= UNFUSED_MAX_M:
         unfused = ("unfused_push", f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind")
         one_shot = ("one_shot", f"M <= {ONE_SHOT_MAX_M}: a tile of all rows streams the weight once")
-        return [one_shot, unfused] if problem.M <= ONE_SHOT_MAX_M else [unfused]
+        return [one_shot, unfused] if problem.M <= ONE_SHOT_MAX_M else [*_sm90(problem), unfused]
     chunked = _chunked(problem, CHUNKED_SCATTER_MIN_BYTES, CHUNKED_SCATTER_MIN_K)
-    return [*chunked, ("push", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+    return [*_sm90(problem), *chunked, ("push", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
+
+
+def _sm90(problem: Problem) -> list[tuple[str, str]]:
+    """Its tiles are whole: with few columns most of each would be padding."""
+    fits = problem.M >= SM90_MIN_M and problem.N >= TILES_SM90["block_n"]
+    return [("sm90", f"M >= {SM90_MIN_M}: copies of a CUDA kernel hide behind its products")] if fits else []
 
 
 def _chunked(problem: Problem, min_bytes: int, min_K: int) -> list[tuple[str, str]]:
@@ -265,6 +335,15 @@ def _all_reduce(problem: Problem) -> list[tuple[str, str]]:
     if problem.message_bytes <= SENTINEL_MAX_BYTES:
         ways.insert(0, ("sentinel", f"at most {SENTINEL_MAX_BYTES // KIB} KiB"))
     return ways
+
+
+def _one_launch_norm(problem: Problem, topology: Topology) -> list[Plan]:
+    ways = [("sentinel_norm", SENTINEL_NORM_MAX_BYTES), ("one_shot_norm", ONE_SHOT_NORM_MAX_BYTES)]
+    if topology.backend == "interp":
+        ways = [("one_shot_norm", INTERP_ONE_SHOT_MAX_BYTES)]
+    unfused = "" if problem.op == "all_reduce_add_rms_norm" else "unfused_"
+    why = "at most {} KiB: sum and norm in one launch"
+    return [Plan(unfused + name, why=why.format(most // KIB)) for name, most in ways if problem.message_bytes <= most]
 
 
 def _interp_gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
@@ -318,7 +397,7 @@ def _forced(problem: Problem, topology: Topology, forced: str) -> Plan:
 
 
 def _complete(plan: Plan, problem: Problem, topology: Topology) -> Plan:
-    return plan.with_defaults(default_params(plan.name, problem, topology))
+    return plan.with_defaults(default_params(plan.name, _served(plan.name, problem), topology))
 
 
 def default_params(name: str, problem: Problem, topology: Topology) -> dict[str, int]:
@@ -328,8 +407,7 @@ def default_params(name: str, problem: Problem, topology: Topology) -> dict[str,
     if name == "decode":
         return _decode_params(problem)
     if name == "sm90":
-        tiles = -(-problem.M // TILES_SM90["block_n"]) * -(-problem.N // TILES_SM90["block_n"])  # pairs, 256 x 256
-        return (TILES_SM90 if tiles > FEW_TILES_SM90 else TILES_FEW_SM90) | {"lead": _lead(problem)}
+        return TILES_SM90 | {"lead": -(-LEAD_SM90[problem.op] // (problem.world_size - 1))}
     if problem.op == "all_reduce" or name not in _TILED:
         return {}
     if topology.backend == "interp":
@@ -352,12 +430,3 @@ def _decode_params(problem: Problem) -> dict[str, int]:
     while splits < 8 and 2 * splits * tiles <= DECODE_SMS and problem.K >= 2 * splits * DECODE_MIN_K:
         splits *= 2
     return {"block_n": block_n, "splits": splits}
-
-
-def _lead(problem: Problem) -> int:
-    """Of the plan sm90: after how many of each peer's tiles the own ones begin; 0: last, which is better for L2."""
-    W = problem.world_size
-    # A wave of tiles sends W-1 sums or one partial each; one takes the link as long as a K of 2048 the products.
-    burst = W - 1 if problem.op == "gemm_all_reduce" else 1
-    balanced = problem.op == "gemm_all_reduce" and W == 2  # as much is sent before as after
-    return 0 if balanced or problem.K > 2048 * burst else -(-LEAD_SM90 // (W - 1))

@@ -7,13 +7,37 @@ change are written. Calls on one rank do not overlap, so one struct is enough.
 """
 
 import ctypes
+import dataclasses
 
 from tp_overlap_kernels import native
 
 from . import gemm
 
-SCHEDULES = {schedule.cols: schedule for schedule in (gemm.LARGE, gemm.SMALL)}  # by columns of a tile
-TILE_BYTES = {cols: 128 * cols * 2 for cols in SCHEDULES}  # of a block's tile, on its way between ranks
+SCHEDULES = {  # by columns of a tile, staging buffers of a block
+    (256, 1): gemm.LARGE,
+    (128, 1): gemm.SMALL,
+    (128, 2): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
+}
+TILE_BYTES = {cols: 128 * cols * 2 for cols, _ in SCHEDULES}  # of a block's tile, on its way between ranks
+
+
+# TpoTraceRole and TpoTraceStep of csrc/api.h.
+TRACE_ROLES = ("consumer", "courier", "collector", "fetcher")
+TRACE_STEPS = (
+    "none",
+    "multiply",
+    "await staging",
+    "await partial",
+    "add",
+    "stage",
+    "await tile",
+    "await flag",
+    "send",
+    "publish",
+    "await sum",
+    "copy",
+)
+TRACE_WORDS = 8  # of 32 bits, an interval: begin and end, of 64; step, owner, tile, unused
 
 
 class _Args(ctypes.Structure):
@@ -39,20 +63,9 @@ class _Args(ctypes.Structure):
         ("world_size", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("lead_tiles", ctypes.c_int32),
+        ("trace", ctypes.c_uint64),
+        ("trace_intervals", ctypes.c_int64),
     )
-
-
-def rows_that_fit(
-    N: int, cols: int, world_size: int, *, staging_slot_bytes: int, result_bytes: int, tile_slots: int
-) -> int:
-    """The most rows M whose tiles of `cols` columns have room in an arena, for either kernel. Pure.
-
-    Tiles are staged whole, also where a matrix ends within them: 256 rows a rank at a time, N rounded up to `cols`.
-    """
-    pairs_across = -(-N // cols)
-    tiles = min(staging_slot_bytes // TILE_BYTES[cols], result_bytes // (world_size - 1) // TILE_BYTES[cols])
-    pairs_of_owner = min(tiles, tile_slots // world_size) // 2
-    return world_size * 256 * (pairs_of_owner // pairs_across)
 
 
 class GemmCollectiveLauncher:
@@ -111,6 +124,13 @@ class GemmCollectiveLauncher:
         self._launch = getattr(library, f"tpo_{op}")
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.
         self._launch.restype = ctypes.c_int
+
+    def trace(self, ptr: int, intervals: int) -> None:
+        """Calls from now on write what their threads did, over what calls before wrote; 0: they write nothing.
+
+        ptr: device, zeros, `blocks` x len(TRACE_ROLES) x intervals x TRACE_WORDS of 32 bits. Such calls are of bf16.
+        """
+        self._args.trace, self._args.trace_intervals = ptr, intervals
 
     def __call__(
         self,

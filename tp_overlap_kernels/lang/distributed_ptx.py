@@ -10,7 +10,7 @@ NOTIFY_ADD = tl.constexpr("""
 {
     .reg .pred first;
     .reg .b32 tid;
-    barrier.sync 0;
+    barrier.sync.aligned 0;
     mov.u32 tid, %tid.x;
     setp.eq.u32 first, tid, 0;
     @first red.release.sys.global.add.u64 [$1], $2;
@@ -70,8 +70,9 @@ _WAIT = """
     add.u32 i, i, threads;
     bra next;
     join:
+    bar.warp.sync 0xffffffff;
     setp.ne.u32 here, status, 0;
-    barrier.red.or.pred any, 0, here;
+    barrier.red.or.pred.aligned any, 0, here;
     selp.u32 $0, 1, 0, any;
 }
 """

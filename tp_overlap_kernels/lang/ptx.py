@@ -1,8 +1,9 @@
 """The assembly behind the words of signal.py, and nowhere else: PTX of sm_90, one block a primitive.
 
 Labels and registers are local to the braces of their block, so that a kernel may hold any number of them.
-`barrier.sync` and `barrier.red` without `.aligned` need no convergence: lanes of one warp may come to them one
-after the other.
+The barriers are `.aligned`, as those that Triton itself puts: whole warps come to them. Where one lane polls before,
+its warp is joined first. (Without `.aligned` ptxas adds a path for lanes that come alone, and compute-sanitizer's
+synccheck takes that path for an error.)
 """
 
 import triton.language as tl
@@ -11,7 +12,7 @@ NOTIFY = tl.constexpr("""
 {
     .reg .pred first;
     .reg .b32 tid;
-    barrier.sync 0;
+    barrier.sync.aligned 0;
     mov.u32 tid, %tid.x;
     setp.eq.u32 first, tid, 0;
     @first st.release.sys.global.b64 [$1], $2;
@@ -28,7 +29,7 @@ ENTER = tl.constexpr("""
     mov.u32 tid, %tid.x;
     mov.u32 threads, %ntid.x;
     sub.u32 threads, threads, 1;
-    barrier.sync 0;
+    barrier.sync.aligned 0;
     setp.ne.u32 other, tid, threads;
     @other bra entered;
     atom.acq_rel.gpu.global.add.u64 count, [$1 + 8], 1;
@@ -174,13 +175,14 @@ WAIT = tl.constexpr(
     + _POLL
     + """
     join:
+        bar.warp.sync 0xffffffff;
         and.b32 due, status, 1;
         setp.ne.u32 here, due, 0;
-        barrier.red.or.pred any, 0, here;
+        barrier.red.or.pred.aligned any, 0, here;
         selp.u32 $0, 1, 0, any;
         and.b32 due, status, 2;
         setp.ne.u32 here, due, 0;
-        barrier.red.or.pred any, 0, here;
+        barrier.red.or.pred.aligned any, 0, here;
         selp.u32 due, 2, 0, any;
         or.b32 $0, $0, due;
     }

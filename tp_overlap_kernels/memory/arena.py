@@ -311,8 +311,7 @@ def _furnish(
         world_size=world_size,
         ranks_per_device=ranks_on_same_device(cards),
         native=all(card["native"] for card in cards),
-        one_shot_bytes=plan.one_shot_bytes,
-        sentinel_bytes=plan.sentinel_bytes,
+        **plan.limits(),
     )
     arena = Arena(
         group_name=name_of(group),

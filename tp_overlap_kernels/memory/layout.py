@@ -75,6 +75,16 @@ class Layout:
         """Bytes of all signal pads together."""
         return self.sentinel
 
+    def limits(self) -> dict[str, int]:
+        """What dispatch has to know of it, under the names of `dispatch.Topology`."""
+        shares = max(1, self.world_size - 1)  # of other ranks, in the result
+        return {
+            "one_shot_bytes": self.one_shot_bytes,
+            "sentinel_bytes": self.sentinel_bytes,
+            "staged_bytes": min(self.staging_slot_bytes, (self.total_bytes - self.result) // shares),
+            "tile_slots": self.tile_slots,
+        }
+
     def regions(self) -> dict[str, int]:
         """Bytes by region; they sum to total_bytes."""
         return {

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor, bfloat16
 
 from ..dispatch import Plan
+from ..dispatch.select import rows_of_whole_tiles
 from ..errors import InvalidInput
 from ..kernels import stream_signals
 from ..kernels.all_reduce_one_shot_push import all_reduce_one_shot_push
@@ -20,7 +21,7 @@ from ..kernels.reduce_scatter_push import reduce_scatter_push
 from ..lang.launch import Issued, Launch, specialisation
 from ..memory.arena import Arena
 from ..memory.layout import align_up, pitch, rows_per_rank
-from . import decode, sm90
+from . import decode, scatter_sentinel, sm90
 from .operands import describe
 
 LINK_BYTES_PER_NS = 350  # what stores of SMs reach, both directions busy, H200
@@ -62,7 +63,9 @@ def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
         tiles_down = room.tile_slots // W // -(-N // plan["block_n"])
         rows = min(rows, tiles_down * plan["block_m"] * W)
     elif plan.name == "sm90":
-        rows = min(rows, sm90.rows_that_fit(arena, plan, N))
+        rows = min(rows, rows_of_whole_tiles(N, plan["block_n"], arena.topology))
+    elif plan.name == "unfused_sentinel":
+        rows = min(rows, scatter_sentinel.rows_that_fit(arena, N, itemsize))
     elif plan.name == "unfused_push":
         rows = min(rows, room.tile_slots // W * COPY_BLOCKS[1] // N * W)
     if rows < 1:

@@ -4,6 +4,8 @@ They read a and b and write out through the copy engine, whose rows start at mul
 8 (dispatch sees to that), and an operand that lies otherwise is copied once, as in operands.py.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,40 +13,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from ..errors import InvalidInput
 from ..kernels.gemm import Schedule
-from ..kernels.gemm_collectives import SCHEDULES, GemmCollectiveLauncher
-from ..kernels.gemm_collectives import rows_that_fit as rows_of_tiles
+from ..kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
 from ..memory.arena import Arena
 from ..memory.turn import stream_of
 from .arena_words import DTYPE_CODES, of_arena
 from .operands import describe
-
-
-def rows_that_fit(arena: Arena, plan: Plan, N: int) -> int:
-    """The most rows that one launch can take. Errors: InvalidInput where that is none."""
-    room, W = arena.layout, arena.world_size
-    rows = rows_of_tiles(
-        N,
-        _schedule(plan).cols,
-        W,
-        staging_slot_bytes=room.staging_slot_bytes,
-        result_bytes=room.total_bytes - room.result,
-        tile_slots=room.tile_slots,
-    )
-    if rows < 1:
-        raise InvalidInput(
-            f"plan {str(plan)!r} has no room for its tiles, 256 rows a rank, at N={N}. "
-            f"Call init with max_M of at least {256 * W}, and max_N a multiple of {_schedule(plan).cols} not below N."
-        )
-    return rows
-
-
-def _schedule(plan: Plan) -> Schedule:
-    schedule = SCHEDULES.get(plan["block_n"])
-    if schedule is None:
-        raise InvalidInput(f"plan {str(plan)!r}: block_n must be one of {', '.join(map(str, sorted(SCHEDULES)))}.")
-    return schedule
 
 
 def run(
@@ -66,10 +40,28 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (_schedule(plan), plan["group_m"], plan["lead"], word),
+        (SCHEDULES[plan["block_n"], plan["stagings"]], plan["group_m"], plan["lead"], word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
+
+
+@contextlib.contextmanager
+def traced(arena: Arena, op: str, intervals: int) -> Iterator[Tensor]:
+    """While the context lasts, calls of this plan write what their threads did to the tensor it gives.
+
+    The tensor: int32 (blocks, len(TRACE_ROLES), intervals, TRACE_WORDS) on the device, zeros where nothing was; it
+    holds the last call, and is to be read when that has ended. bf16 alone. Traced calls take longer by a few stores a
+    tile.
+    """
+    launcher = arena.cache.get(op) or _launcher(arena, op)
+    shape = (arena.programs, len(TRACE_ROLES), intervals, TRACE_WORDS)
+    trace = torch.zeros(shape, dtype=torch.int32, device=arena.device)
+    launcher.trace(trace.data_ptr(), intervals)
+    try:
+        yield trace
+    finally:
+        launcher.trace(0, 0)
 
 
 @dataclass(slots=True)

@@ -46,6 +46,8 @@ cudaError_t launch_collective(void (*kernel)(CollectiveParams<Owners>), Collecti
 struct CollectiveVariant {
   cudaError_t (*launch[2])(const TpoGemmCollectiveArgs&, cudaStream_t);  // by dtype
   cudaError_t (*prepare[2])();
+  cudaError_t (*launch_traced)(const TpoGemmCollectiveArgs&, cudaStream_t);  // bf16
+  cudaError_t (*prepare_traced)();
 };
 
 inline int launch_variant(const CollectiveVariant* variants, int count, const TpoGemmCollectiveArgs& args,
@@ -54,6 +56,11 @@ inline int launch_variant(const CollectiveVariant* variants, int count, const Tp
   const bool known = schedule >= 0 && schedule < count && variants[schedule].launch[0] != nullptr;
   if (!known || !is_sound(args)) return cudaErrorInvalidValue;
   if (args.gemm.M == 0 || args.gemm.N == 0) return cudaSuccess;
+  if (args.trace != nullptr) {
+    if (args.gemm.dtype != 0 || args.trace_intervals <= 0) return cudaErrorInvalidValue;
+    if (const cudaError_t error = variants[schedule].prepare_traced()) return error;
+    return variants[schedule].launch_traced(args, static_cast<cudaStream_t>(cuda_stream));
+  }
   return variants[schedule].launch[args.gemm.dtype](args, static_cast<cudaStream_t>(cuda_stream));
 }
 

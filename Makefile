@@ -9,9 +9,10 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 clang_format := PATH="$(VENV)/bin:$$PATH" clang-format
 dev_installed := $(VENV)/.dev_installed
+engines := .venv-engines
 cuda_sources := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help bench test fuzz proof models cycles mutants lint format typecheck clean
+.PHONY: help bench test fuzz proof models engines cycles mutants lint format typecheck clean
 help:
 	@echo "make bench      check and time the ops on this machine"
 	@echo "make test       run the tests; says what was skipped and what it needed"
@@ -19,6 +20,7 @@ help:
 	@echo "make fuzz       random calls on CPU ranks;  make fuzz ARGS='--world-size 3 --seed 1000 --count 5000'"
 	@echo "make proof      the proof on this machine's GPUs: ten minutes on two; see docs/proof.md"
 	@echo "make models     SmolLM2-135M, downloaded once, over 2 and 3 CPU ranks: the same tokens and perplexity (minutes)"
+	@echo "make engines    vLLM, and SGLang's layers, on two CPU ranks with the plugins and without, in $(engines) (minutes)"
 	@echo "make cycles     make and close a group 10,000 times: nothing may be left behind (minutes)"
 	@echo "make lint       ruff and clang-format, reading only;  make format: the same, writing"
 	@echo "make typecheck  mypy"
@@ -52,6 +54,14 @@ proof: $(installed)
 models: $(installed)
 	$(python) -m pytest -q -rs --real-weights tests/integrations/test_smollm2.py $(ARGS)
 
+$(engines)/.installed: pyproject.toml scripts/make_engines.py scripts/make_venv.py
+	$(PYTHON) scripts/make_engines.py $(engines)
+	@touch $@
+
+engines: $(engines)/.installed
+	$(engines)/bin/python -m pytest -q -rs tests/integrations/test_vllm_engine.py $(ARGS)
+	PYTHONPATH=$(engines)/sglang $(engines)/bin/python -m pytest -q -rs tests/integrations/test_sglang_layers.py $(ARGS)
+
 cycles: $(installed)
 	$(python) -m pytest -q --timeout 3600 tests/memory/test_cycles.py --cycles 10000 $(ARGS)
 
@@ -69,5 +79,5 @@ typecheck: $(dev_installed)
 	$(python) -m mypy
 
 clean:
-	rm -rf $(VENV) .t36 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache tp_overlap_kernels/libtpo_kernels.so
+	rm -rf $(VENV) $(engines) .t36 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache tp_overlap_kernels/libtpo_kernels.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from .cases import GEMM_REDUCE_SCATTER, Case
 from .inputs import LayerInputs
 from .launch import World
 from .provider import Declined, Provider
-from .timing import Call, Clock, CpuClock, EagerTimed, GraphTimed, Timed, Turn, WallTimed, one_line
+from .timing import Call, Clock, CpuClock, EagerTimed, GraphTimed, Result, Timed, Turn, WallTimed, one_line
 from .truth import Truth, checksum
 
 T = TypeVar("T")
@@ -86,7 +84,7 @@ class Attempt:
         call = together(self.world, prepare, self.provider.refuses)
         weights = self.inputs.weights
 
-        def run() -> list[torch.Tensor]:
+        def run() -> list[Result]:
             with self.provider.active():
                 first = call(weights[0] if weights else None)
                 call(weights[-1] if weights else None)
@@ -99,12 +97,12 @@ class Attempt:
             self.verify(out)
         return call
 
-    def verify(self, out: torch.Tensor) -> None:
+    def verify(self, out: Result) -> None:
         """Holds a result against the truth on every rank, and the ranks against each other where equal bits are
         promised; Dropped when it is wrong on any."""
         everywhere = self.case.op != GEMM_REDUCE_SCATTER and self.provider.equal_bits
 
-        def check() -> tuple[str | None, tuple[int, int] | None]:
+        def check() -> tuple[str | None, tuple[int, ...] | None]:
             reason = self.truth.wrong(out, self.case, self.provider.rounding)
             return reason, checksum(out) if everywhere and reason is None else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case
+from .cases import ALL_REDUCE, ALL_REDUCE_NORM, GEMM_ALL_REDUCE, GEMM_ALL_REDUCE_NORM, GEMM_REDUCE_SCATTER, Case
 
 ANY = 1 << 30
 
@@ -58,9 +58,14 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
-# The CUDA kernels for Hopper: columns of a tile, least M. With own tiles last and among the others.
-_SM90 = ((256, 1024), (128, 256))
-_SM90_LEADS = (0, 33, 66)
+# The CUDA kernels for Hopper, with own tiles last and among the others. With two staging buffers
+# also after two waves of each peer's.
+_SM90 = (  # columns of a tile, staging buffers, leads, least M
+    (256, 1, (0, 33, 66), 1024),
+    (128, 1, (0, 33, 66), 256),
+    (128, 2, (0, 33, 66), 512),
+    (128, 2, (132,), 2048),  # below that an owner has no more tiles: as lead 0
+)
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -69,9 +74,16 @@ def _one_shot() -> list[Candidate]:
 
 
 def _decode() -> list[Candidate]:
-    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192."""
+    """Tiles of 64 or 128 rows of the weight, and K in as many parts as give every SM a block at N=4096 and 8192.
+
+    With stages for two blocks an SM, so that the next call's first loads find room; for more rows of a, also with as
+    many as one block can have.
+    """
     narrow = [Candidate(f"decode:block_n=64,splits={splits}", most_M=128) for splits in (1, 2)]
-    return narrow + [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+    wide = [Candidate(f"decode:block_n=128,splits={splits}", most_M=64) for splits in (2, 4)]
+    deep = [Candidate(f"decode:block_n=64,splits={splits},num_stages=12", 17, 64) for splits in (1, 2)]
+    deep += [Candidate(f"decode:block_n=128,splits={splits},num_stages=8", 17, 64) for splits in (2, 4)]
+    return [*narrow, *wide, *deep]
 
 
 def _staged(name: str) -> list[Candidate]:
@@ -84,7 +96,9 @@ def _staged(name: str) -> list[Candidate]:
 
 def _sm90() -> list[Candidate]:
     return [
-        Candidate(f"sm90:block_n={cols},group_m=8,lead={lead}", least) for cols, least in _SM90 for lead in _SM90_LEADS
+        Candidate(f"sm90:block_n={cols},group_m=8,lead={lead},stagings={stagings}", least)
+        for cols, stagings, leads, least in _SM90
+        for lead in leads
     ]
 
 
@@ -101,7 +115,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
         *_decode(),
-        Candidate("unfused_sentinel", most_M=64),
+        Candidate("unfused_sentinel", most_M=256),
         Candidate("unfused_nccl"),
     ],
     GEMM_REDUCE_SCATTER: [
@@ -111,10 +125,17 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *_sm90(),
         *_chunked(),
         Candidate("unfused_push"),
+        Candidate("unfused_sentinel", most_M=512),
         Candidate("unfused_nccl"),
     ],
     ALL_REDUCE: [Candidate("one_shot"), Candidate("two_shot"), Candidate("sentinel"), Candidate("nccl")],
 }
+CANDIDATES[ALL_REDUCE_NORM] = [Candidate("one_shot_norm"), Candidate("sentinel_norm"), *CANDIDATES[ALL_REDUCE]]
+CANDIDATES[GEMM_ALL_REDUCE_NORM] = [
+    Candidate("unfused_one_shot_norm", most_M=1024),
+    Candidate("unfused_sentinel_norm", most_M=64),
+    *CANDIDATES[GEMM_ALL_REDUCE],
+]
 
 
 def candidates(case: Case) -> list[str]:

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 GEMM_ALL_REDUCE = "gemm_all_reduce"
 GEMM_REDUCE_SCATTER = "gemm_reduce_scatter"
 ALL_REDUCE = "all_reduce"
-OPS = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_REDUCE)
+GEMM_ALL_REDUCE_NORM = "gemm_all_reduce_add_rms_norm"
+ALL_REDUCE_NORM = "all_reduce_add_rms_norm"
+OPS = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_REDUCE, GEMM_ALL_REDUCE_NORM, ALL_REDUCE_NORM)
+MESSAGES = (ALL_REDUCE, ALL_REDUCE_NORM)  # have no GEMM
+SUM_OF = {GEMM_ALL_REDUCE_NORM: GEMM_ALL_REDUCE, ALL_REDUCE_NORM: ALL_REDUCE}  # ops that give (y, new_residual)
 
 M_GRID = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CPU_M_GRID = (1, 16, 64)
@@ -36,7 +40,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: op(a[M, K_local], w[N, K_local]) over world_size ranks. For all_reduce, x[M, N] and K_local is 0."""
+    """One call: op(a[M, K_local], w[N, K_local]) over world_size ranks. Without a GEMM, x[M, N] and K_local is 0."""
 
     op: str
     layer: Layer
@@ -50,7 +54,7 @@ class Case:
 
     @property
     def K_local(self) -> int:
-        return 0 if self.op == ALL_REDUCE else self.layer.K_local
+        return 0 if self.op in MESSAGES else self.layer.K_local
 
     @property
     def rows_per_rank(self) -> int:

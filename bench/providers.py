@@ -1,8 +1,9 @@
 """Ways to compute an op, each under a name a stranger understands.
 
-`ours` lets the library choose, `ours:<plan>` forces a plan; the others are what people use without this library (see
-torch_providers.py). `mine=package.module:function` adds a function(a, w, group_name) -> result of the user's own.
-A provider that cannot run a case raises Declined with the reason; any other exception is a failure.
+`ours` lets the library choose, `ours:<plan>` forces a plan; `matmul` is cuBLAS alone, `matmul:sm90` our GEMM alone; the
+others are what people use without this library (see torch_providers.py). `mine=package.module:function` adds a
+function(a, w, group_name) -> result of the user's own. A provider that cannot run a case raises Declined with the
+reason; any other exception is a failure.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from typing import Any
 
 import torch
 
-from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case
+from tp_overlap_kernels import native
+from tp_overlap_kernels.kernels import gemm
+
+from .cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_ALL_REDUCE_NORM, GEMM_REDUCE_SCATTER, MESSAGES, OPS, SUM_OF, Case
 from .launch import World
+from .norm import EPS, norm_operands
+from .norm_providers import NORMS
 from .provider import Provider, Session, weight_of
 from .timing import Call
-from .torch_providers import UNFUSED
+from .torch_providers import UNFUSED as SUMS
 from .truth import AT_EACH_HOP, ONCE, PARTIAL
 
+UNFUSED = SUMS | NORMS
 LEAST_MAX_M = 8192  # what tpo.init takes where nothing is said
 ARENA = "arena"  # what the session calls it
 INTERPRETER_LIMIT = 8_000_000  # multiply-adds of a case: above, interpreted kernels take seconds a call
@@ -30,17 +37,52 @@ INTERPRETED_ROWS = 32  # of a tile: fewer rows cost as much
 class Matmul(Provider):
     """The GEMM alone: this rank's partial, summed over nobody."""
 
-    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER)
+    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, GEMM_ALL_REDUCE_NORM)
     rounding = PARTIAL
 
     def prepare(self, case: Case, a: torch.Tensor) -> Call:
         return lambda w: torch.mm(a, weight_of(w).t())
 
 
+class HopperMatmul(Matmul):
+    """The GEMM of the plan sm90 alone, csrc/kernels/gemm.cu, with the schedule of its rule."""
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        device = self.world.device
+        here = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+        self.decline_unless(here and native.available(), "needs a GPU of compute capability 9.0 and the CUDA library")
+        self.session.once("gemm prepared", gemm.prepare)
+        schedule = gemm.schedule_for(
+            case.M, case.N, case.K_local, torch.cuda.get_device_properties(device).multi_processor_count
+        )
+        dtype_code = gemm.BF16 if a.dtype == torch.bfloat16 else gemm.FP16
+
+        def call(w: torch.Tensor | None) -> torch.Tensor:
+            b, out = weight_of(w), a.new_empty(case.M, case.N)
+            gemm.launch(
+                a_ptr=a.data_ptr(),
+                b_ptr=b.data_ptr(),
+                out_ptr=out.data_ptr(),
+                bias_ptr=0,
+                M=case.M,
+                N=case.N,
+                K=case.K_local,
+                a_stride=a.stride(0),
+                b_stride=b.stride(0),
+                out_stride=case.N,
+                dtype_code=dtype_code,
+                schedule=schedule,
+                stream=torch.cuda.current_stream(device).cuda_stream,
+            )
+            return out
+
+        return call
+
+
 class Ours(Provider):
     """The library's functional ops, results in fresh tensors. `plan` None lets it choose."""
 
-    ops = (GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, ALL_REDUCE)
+    ops = OPS
     equal_bits = True
     fused = True
 
@@ -68,9 +110,14 @@ class Ours(Provider):
             work = max(case.M, INTERPRETED_ROWS) * case.N * max(case.K_local, 1)
             self.decline_unless(work <= INTERPRETER_LIMIT, "too large to interpret")
         group_name = self.world.group_name
-        if case.op == ALL_REDUCE:
-            return lambda w: torch.ops.tp_overlap.all_reduce(a, group_name)
         op = getattr(torch.ops.tp_overlap, case.op)
+        if case.op in SUM_OF:
+            residual, weight = norm_operands(case.layer, case.M, a.dtype, a.device)
+            if case.op in MESSAGES:
+                return lambda w: op(a, residual, weight, EPS, group_name)
+            return lambda w: op(a, w, residual, weight, EPS, group_name)
+        if case.op == ALL_REDUCE:
+            return lambda w: op(a, group_name)
         return lambda w: op(a, w, group_name)
 
     def plan(self, case: Case) -> str | None:
@@ -146,11 +193,14 @@ def recovered(session: Session) -> bool:
 def default_names(op: str, world: World) -> list[str]:
     """What `run` compares for an op where the user named nothing."""
     if world.device.type == "cpu":
-        return ["ref", "interp", "matmul", "matmul+gloo"] if op != ALL_REDUCE else ["ref", "interp", "copy+gloo"]
-    names = ["ours"] + (["matmul"] if op != ALL_REDUCE else [])
-    if world.world_size == 1:
+        names = ["ref", "interp"]
+    else:
+        names = ["ours"]
+    if op not in MESSAGES:
+        names.append("matmul")
+    if world.world_size == 1 and world.device.type != "cpu":
         return names
-    return names + [name for name, kind in UNFUSED.items() if op in kind.ops and kind.for_device == "cuda"]
+    return names + [name for name, kind in UNFUSED.items() if op in kind.ops and kind.for_device == world.device.type]
 
 
 def label(name: str) -> str:
@@ -172,11 +222,11 @@ def make(name: str, session: Session) -> Provider:
         return Ours(name, session, plan or None)
     if base in ("ref", "interp"):
         return Ours(name, session, plan or None, cpu_backend=base)
-    if name == "matmul":
-        return Matmul(name, session)
+    if base == "matmul" and plan in ("", "sm90"):
+        return HopperMatmul(name, session) if plan else Matmul(name, session)
     if name not in UNFUSED:
         raise ValueError(
-            f"no provider is called {name!r}; there are ours, ours:<plan>, ref, interp, matmul, "
+            f"no provider is called {name!r}; there are ours, ours:<plan>, ref, interp, matmul, matmul:sm90, "
             f"{', '.join(UNFUSED)}, and name=package.module:function"
         )
     return UNFUSED[name](name, session)

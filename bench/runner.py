@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import report
 from .attempts import Attempt, Dropped, Outcome, together
-from .cases import ALL_REDUCE, Case, Layer, cases
+from .cases import MESSAGES, Case, Layer, cases
 from .inputs import LayerInputs, MessageInputs
 from .launch import TimeBudget, World
 from .link import link_gbps
@@ -95,7 +95,7 @@ class Run:
     def names(self, op: str) -> list[str]:
         """The providers asked for; the GEMM alone is always among them, since the floor is made of it."""
         names = list(self.options.providers) or default_names(op, self.world)
-        return names if op == ALL_REDUCE or "matmul" in names else ["matmul", *names]
+        return names if op in MESSAGES or "matmul" in names else ["matmul", *names]
 
     def case(self, case: Case, inputs: LayerInputs, truth: Truth, mode: str) -> list[Row]:
         """Checks, then times, every provider in one case and mode."""
@@ -165,12 +165,13 @@ def release(world: World) -> None:
 
 def by_inputs(ops: tuple[str, ...]) -> list[tuple[type[LayerInputs], list[str]]]:
     """The kinds of inputs that a run needs, each with the ops that take them."""
-    with_weight = [op for op in ops if op != ALL_REDUCE]
+    with_weight = [op for op in ops if op not in MESSAGES]
+    without = [op for op in ops if op in MESSAGES]
     kinds: list[tuple[type[LayerInputs], list[str]]] = []
     if with_weight:
         kinds.append((LayerInputs, with_weight))
-    if ALL_REDUCE in ops:
-        kinds.append((MessageInputs, [ALL_REDUCE]))
+    if without:
+        kinds.append((MessageInputs, without))
     return kinds
 
 

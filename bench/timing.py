@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ import torch
 from .launch import World
 
 T = TypeVar("T")
-Call = Callable[[torch.Tensor | None], torch.Tensor]  # weight -> result; everything else is bound
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # or (y, new_residual)
+Call = Callable[[torch.Tensor | None], Result]  # weight -> result; everything else is bound
 CALLS_A_SAMPLE = 10
 BLOCKER_US = 60.0  # covers the launch of one graph
 
@@ -62,7 +63,7 @@ class Timed(Protocol):
     """Something a sample can be taken of. `queue` starts a sample; the function it returns reads the time in us and
     may be called once the device is idle. `out` is the result of the last call, made with weight copy 0."""
 
-    out: torch.Tensor
+    out: Result
     host_us: list[float]
 
     @property
@@ -139,7 +140,7 @@ class GraphTimed:
     graph: torch.cuda.CUDAGraph
     call: Call
     calls: int
-    out: torch.Tensor
+    out: Result
     host_us: list[float] = field(default_factory=list)
 
     @classmethod
@@ -169,7 +170,7 @@ class EagerTimed:
     clock: CudaClock
     call: Call
     weights: list[torch.Tensor]
-    out: torch.Tensor
+    out: Result
     host_us: list[float] = field(default_factory=list)
 
     @property
@@ -204,7 +205,7 @@ class WallTimed:
     clock: CpuClock
     call: Call
     weights: list[torch.Tensor]
-    out: torch.Tensor
+    out: Result
     calls: int = 1
     host_us: list[float] = field(default_factory=list)
 

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import GEMM_REDUCE_SCATTER, Case
+from .cases import GEMM_REDUCE_SCATTER, SUM_OF, Case
 from .inputs import LayerInputs, MessageInputs
+from .norm import norm_operands, wrong_norm
+from .timing import Result
 
 ALL_ROWS_UP_TO = 128
 SAMPLED_ROWS = 72
@@ -114,11 +116,29 @@ class Truth:
             bound += 2 * (W + 1) * torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
         return total, bound.mul_(1 + 2.0**-6)
 
-    def wrong(self, out: torch.Tensor, case: Case, rounding: str) -> str | None:
+    def wrong(self, out: Result, case: Case, rounding: str) -> str | None:
         """What is wrong with a result of this rank, or None; nothing is exchanged with the others.
 
-        out: [M, N], or this rank's rows of it for a reduce-scatter. `rounding` is one of the three names above.
+        out: [M, N], or this rank's rows of it for a reduce-scatter, or (y, new_residual), each [M, N], where a norm
+        follows the sum. `rounding` is one of the three names above.
         """
+        if isinstance(out, torch.Tensor):
+            return self._wrong_sum(out, case, rounding)
+        y, new_residual = out
+        residual, weight = norm_operands(case.layer, self.M, self.dtype, self.world.device)
+        reason = self._wrong_sum(new_residual, case, rounding, residual)
+        if reason is not None:
+            return f"new_residual: {reason}"
+        if y.shape != new_residual.shape or y.dtype != self.dtype:
+            return f"y: got {y.dtype} {tuple(y.shape)}, want {self.dtype} {tuple(new_residual.shape)}"
+        return wrong_norm(y, new_residual, weight, _outside)
+
+    def _wrong_sum(
+        self, out: torch.Tensor, case: Case, rounding: str, residual: torch.Tensor | None = None
+    ) -> str | None:
+        """residual: what was added to the sum, in f32, with one rounding more."""
+        if (case.op in SUM_OF) != (residual is not None) and rounding != PARTIAL:
+            return "got one tensor, want (y, new_residual)"
         scattered = case.op == GEMM_REDUCE_SCATTER and rounding != PARTIAL
         first, end = case.owned_rows(self.world.rank) if scattered else (0, case.M)
         if tuple(out.shape) != (end - first, case.N) or out.dtype != self.dtype:
@@ -127,14 +147,27 @@ class Truth:
         bound = tolerance(self.reference, self.K_local, self.world.world_size, self.dtype, rounding)[picked]
         want = (self.reference.own if rounding == PARTIAL else self.reference.total)[picked]
         rows = self.rows[picked]
+        if residual is not None:
+            want = want + residual[rows].double()
+            bound = bound + _of_one_more(want, self.dtype)
         reason = outside(out[rows - first].double(), want, bound, rows.tolist())
         if reason is None and self.everything is not None and rounding != PARTIAL:
             total, wide = self.everything
             for step in range(first, end, ROWS_A_STEP):
                 part = slice(step, min(end, step + ROWS_A_STEP))
                 got = out[part.start - first : part.stop - first].float()
-                reason = reason or outside(got, total[part], wide[part], range(part.start, part.stop))
+                want, bound = total[part], wide[part]
+                if residual is not None:
+                    want = want + residual[part].float()
+                    bound = bound + _of_one_more(want, self.dtype)
+                reason = reason or outside(got, want, bound, range(part.start, part.stop))
         return reason
+
+
+def _of_one_more(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What an addition in f32 and one rounding to dtype may add to an error."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return (1 + 2.0**-6) * (torch.finfo(dtype).eps / 2 + 2.0**-23) * want.abs() + smallest
 
 
 def products(a: torch.Tensor, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,8 +198,10 @@ def outside(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, rows: li
     )
 
 
-def checksum(x: torch.Tensor) -> tuple[int, int]:
-    """Two 64-bit sums over the bits of x that equal tensors share and others nearly never do."""
+def checksum(x: Result) -> tuple[int, ...]:
+    """Two 64-bit sums over the bits of each tensor that equal ones share and others nearly never do."""
+    if not isinstance(x, torch.Tensor):
+        return tuple(part for tensor in x for part in checksum(tensor))
     words = x.contiguous().view(torch.int16).flatten()
     plain = weighted = 0
     for first in range(0, words.numel(), 1 << 22):

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 5
+#define TPO_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -33,6 +33,27 @@ typedef struct TpoAllReduceArgs {
   int32_t dtype;        /* 0 bf16, 1 fp16 */
   int32_t data_threads; /* of a block, one vector of 16 bytes each: a multiple of 32 up to 512; 0: chosen */
 } TpoAllReduceArgs;
+
+/* An all-reduce, a residual and an RMS norm; kernels/all_reduce_one_shot_sentinel_add_rms_norm.cu. All but pointers must
+ * be equal on all ranks. */
+typedef struct TpoAllReduceNormArgs {
+  TpoAllReduceArgs sum; /* x: M x H; out: y, may be x itself; n_elems: M * H; data_threads is not looked at */
+  const void* residual; /* M x H */
+  const void* weight;   /* H elements */
+  void* new_residual;   /* M x H; may be residual itself */
+  float eps;
+  int32_t M;
+  int32_t H;              /* up to 8192; M * H * 2, with H rounded up to 8, must not exceed sentinel_bytes */
+  int32_t launched_ahead; /* not 0: its blocks may come before the kernel before it on the stream has ended, and wait */
+} TpoAllReduceNormArgs;
+
+/* One reduce-scatter of elements; kernels/reduce_scatter_one_shot_sentinel.cu. */
+typedef struct TpoReduceScatterArgs {
+  TpoAllReduceArgs sum;   /* x: n_elems; out: this rank's, overlaps x nowhere; 2 * part, rounded up to 16, at most
+                             sentinel_bytes; data_threads is not looked at */
+  int64_t part;           /* elements that a rank owns, the last ones fewer; equal on all ranks */
+  int32_t launched_ahead; /* 1: may begin, and then wait, while the kernel before it on the stream still runs */
+} TpoReduceScatterArgs;
 
 /* One GEMM + all-reduce for few rows; kernels/gemm_all_reduce_one_shot_sentinel.cu. All but a, b, bias, out and `start`
  * must be equal on all ranks. */
@@ -74,7 +95,7 @@ enum TpoRecord {
   TPO_RECORD_ABORT = 0, /* written by the host: bit 0 ends all waits, bit TPO_RECORD_ABORT_PEER + r those for rank r */
   TPO_RECORD_STATE = 1, /* 0 nothing, 2 complete */
   TPO_RECORD_CODE = 2,  /* TpoFailure */
-  TPO_RECORD_OP = 3,    /* 1 gemm_all_reduce, 2 gemm_reduce_scatter, 3 all_reduce */
+  TPO_RECORD_OP = 3,    /* 1 gemm_all_reduce, 2 gemm_reduce_scatter, 3 all_reduce; with a norm behind it: 4 and 5 */
   TPO_RECORD_RANK = 4,
   TPO_RECORD_PEER = 5,
   TPO_RECORD_TILE = 6,
@@ -105,8 +126,13 @@ typedef struct TpoGemmArgs {
 } TpoGemmArgs;
 
 /* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. The tiles of a
- * pair together have 256 rows (ping-pong: 128). */
-enum TpoGemmSchedule { TPO_GEMM_128X256_PAIR = 0, TPO_GEMM_PING_PONG_64X256_PAIR = 1, TPO_GEMM_128X128_PAIR = 2 };
+ * pair together have 256 rows (ping-pong: 128). TWO_STAGINGS: see tpo/gemm_collective.cuh. */
+enum TpoGemmSchedule {
+  TPO_GEMM_128X256_PAIR = 0,
+  TPO_GEMM_PING_PONG_64X256_PAIR = 1, /* tpo_gemm alone */
+  TPO_GEMM_128X128_PAIR = 2,
+  TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3 /* not tpo_gemm */
+};
 
 /* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */
 typedef struct TpoTraceInterval {
@@ -122,17 +148,18 @@ enum TpoTraceRole {
   TPO_TRACE_CONSUMER = 0, /* the first of the warpgroups that multiply */
   TPO_TRACE_COURIER = 1,
   TPO_TRACE_COLLECTOR = 2, /* all-reduce only */
-  TPO_TRACE_ROLES = 3
+  TPO_TRACE_FETCHER = 3,   /* two stagings only */
+  TPO_TRACE_ROLES = 4
 };
 
 enum TpoTraceStep {
   TPO_TRACE_MULTIPLY = 1,
-  TPO_TRACE_AWAIT_STAGING = 2, /* consumer: the tile before is still being read from there */
+  TPO_TRACE_AWAIT_STAGING = 2, /* consumer, fetcher: the tile before is still being read from there */
   TPO_TRACE_AWAIT_PARTIAL = 3, /* consumer: it is not in staging yet */
   TPO_TRACE_ADD = 4,
   TPO_TRACE_STAGE = 5,
   TPO_TRACE_AWAIT_TILE = 6, /* courier: the consumers are not there yet */
-  TPO_TRACE_AWAIT_FLAG = 7, /* courier: of a peer's partial */
+  TPO_TRACE_AWAIT_FLAG = 7, /* courier, fetcher: of a peer's partial */
   TPO_TRACE_SEND = 8,       /* courier: until it has been read from staging */
   TPO_TRACE_PUBLISH = 9,    /* courier: until it has been written, and the flag */
   TPO_TRACE_AWAIT_SUM = 10, /* collector */
@@ -141,7 +168,7 @@ enum TpoTraceStep {
 
 /* The same product, summed over ranks: kernels/gemm_reduce_scatter_push.cu, kernels/gemm_all_reduce_two_shot_push.cu. K is
  * that of one rank. gemm.out: M rows, or this rank's rows [rank * c, min(M, (rank + 1) * c)), c = ceil(M / world_size), of
- * a reduce-scatter. gemm.schedule: not PING_PONG. Offsets and bytes are of the arena, as in memory/layout.py. */
+ * a reduce-scatter. Offsets and bytes are of the arena, as in memory/layout.py. */
 typedef struct TpoGemmCollectiveArgs {
   TpoGemmArgs gemm;
   const int64_t* base_table; /* device, world_size addresses: the arena of each rank as mapped in this process */
@@ -176,6 +203,18 @@ int tpo_prepare(int world_size);
 
 /* out = sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
 int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, void* cuda_stream);
+
+/* Loads the kernels of tpo_all_reduce_one_shot_sentinel_add_rms_norm for groups of world_size ranks, 2..8. */
+int tpo_all_reduce_one_shot_sentinel_add_rms_norm_prepare(int world_size);
+
+/* new_residual = sum over ranks of x + residual; y = its RMS norm. M = 0 or H = 0 launches nothing. */
+int tpo_all_reduce_one_shot_sentinel_add_rms_norm(const TpoAllReduceNormArgs* args, void* cuda_stream);
+
+/* Loads the kernels of the next function onto the current device, as tpo_prepare; world_size from 2 on. */
+int tpo_reduce_scatter_prepare(int world_size);
+
+/* out = this rank's part of the sum over ranks of x, through the sentinel region. n_elems = 0 launches nothing. */
+int tpo_reduce_scatter_one_shot_sentinel(const TpoReduceScatterArgs* args, void* cuda_stream);
 
 /* Loads the kernels of tpo_gemm_all_reduce_decode onto the current device, and lets them have their shared memory. */
 int tpo_gemm_all_reduce_decode_prepare(void);

@@ -28,10 +28,9 @@ import torch.distributed as dist
 import tp_overlap_kernels as tpo
 from tests import tolerance
 from tests.cases import BF16, FP16, Case
-from tests.ops.calls import LAYOUTS, Call, cpu_plans, group_name, invoke, laid_out, out_shape
+from tests.ops.calls import CPU_PLANS, LAYOUTS, Call, cpu_plans, group_name, invoke, laid_out, out_shape
 from tests.ops.judge import allowed
 from tests.truth import Truth
-from tp_overlap_kernels.dispatch.problem import PLAN_NAMES
 from tp_overlap_kernels.memory import arena as arenas
 from tp_overlap_kernels.ops import execute, launches
 
@@ -73,7 +72,7 @@ MODELS = Domain(
 def case(seed: int, world_size: int, plans: Callable[[Call], Sequence[str | None]], domain: Domain = SMALL) -> Call:
     """The call of a seed; its inputs follow from the call. plans: those that can run a call, equal on all ranks."""
     choose = random.Random(f"{seed} {world_size}")
-    op = choose.choice(list(PLAN_NAMES))
+    op = choose.choice(list(CPU_PLANS))
     dtype = choose.choice([BF16, FP16])
     if op == "all_reduce":
         case = Case(1, choose.choice(domain.elements), 0, dtype, world_size, "")

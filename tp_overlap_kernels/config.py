@@ -2,7 +2,8 @@
 
 | variable                 | default | meaning                                                                     |
 | ------------------------ | ------- | --------------------------------------------------------------------------- |
-| TP_OVERLAP               | auto    | adapters for engines: 0 off, 1 required, auto where it works                |
+| TP_OVERLAP               | auto    | adapters: 0 off, 1 required, auto where it works. Plugins that engines load |
+|                          |         | by themselves do nothing unless it is set                                   |
 | TP_OVERLAP_MAX_TOKENS    | 8192    | default `max_M` of `init`                                                   |
 | TP_OVERLAP_TIMEOUT       | 30      | seconds a device wait lasts before the group fails; 0 waits for ever        |
 | TP_OVERLAP_PLAN          |         | force one plan, `name` or `name:key=value,...`; all ranks alike             |
@@ -25,6 +26,7 @@ class Settings:
     """The environment as it was at the first look."""
 
     overlap: str
+    overlap_is_set: bool
     max_tokens: int
     timeout_s: float
     plan: str | None
@@ -59,6 +61,7 @@ def settings() -> Settings:
     """
     return Settings(
         overlap=_choice("TP_OVERLAP", "auto", ("0", "1", "auto")),
+        overlap_is_set="TP_OVERLAP" in os.environ,
         max_tokens=int(_number("TP_OVERLAP_MAX_TOKENS", 8192, 1)),
         timeout_s=_number("TP_OVERLAP_TIMEOUT", 30.0, 0.0),
         plan=os.environ.get("TP_OVERLAP_PLAN") or None,

@@ -76,7 +76,8 @@ def init(
             f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}) on every rank before the "
             "capture."
         )
-    arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())
+    with torch.device("cpu"):  # engines build models under another default; where we name none, we mean the host
+        arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())
     _tag_compiled_code(arena, True)
     return _describe(arena)
 
@@ -150,7 +151,8 @@ def explain(
 ) -> Explanation:
     """Which plan a call gets, and why: candidates, measured microseconds, what was ruled out; readable as a str.
 
-    op: "gemm_all_reduce", "gemm_reduce_scatter" or "all_reduce" (then N is the number of elements). K: of one rank.
+    op: "gemm_all_reduce", "gemm_reduce_scatter", "all_reduce" (then N is the number of elements),
+    "gemm_all_reduce_add_rms_norm" or "all_reduce_add_rms_norm" (M rows of N elements). K: of one rank.
     With an initialised group its topology counts; else `device` (a name such as "NVIDIA H200") and world_size
     describe one, and no GPU is needed.
     """
@@ -166,7 +168,8 @@ def explain(
         table = load(settings().table, name, W)
     if dtype not in DTYPE_NAMES:
         raise InvalidInput(f"explain: dtype must be bfloat16 or float16, got {dtype}.")
-    M, K = (1, 0) if op == "all_reduce" else (M, K)
+    M = 1 if op == "all_reduce" else M
+    K = 0 if op in ("all_reduce", "all_reduce_add_rms_norm") else K
     problem = Problem(op, M, N, K, DTYPE_NAMES[dtype], topology.world_size)
     return explain_text(problem, topology, table, execute.forced_plan())
 

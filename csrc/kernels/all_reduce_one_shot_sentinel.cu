@@ -67,35 +67,6 @@ __device__ __forceinline__ void push(const TpoAllReduceArgs& args, const Call& c
   }
 }
 
-// Wait until the vector has come from every peer, and add: *total is right if the status is kOk.
-template <typename Element, int kWorld>
-__device__ __forceinline__ Status receive_and_add(const TpoAllReduceArgs& args, const Call& call, int index, Vec own,
-                                                  Vec* total) {
-  const char* slots = slot(args, call.base[args.rank], call.buffer, 0) + int64_t{kVecBytes} * index;
-  Patience patience(args.control, args.record, args.timeout_ns);
-  Vec from[kWorld];
-  Status status = kOk;
-  for (int asked = -1;;) {
-    int missing = -1;
-#pragma unroll
-    for (int r = 0; r < kWorld; ++r) from[r] = r == args.rank ? own : poll_relaxed(slots + r * args.sentinel_bytes);
-#pragma unroll
-    for (int r = 0; r < kWorld; ++r) missing = holds_sentinel(from[r]) ? r : missing;
-    if (missing < 0) break;
-    if (status == kOk || missing != asked) {
-      asked = missing;
-      status = patience.spent(missing);
-    } else {
-      const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, missing));
-      report_failure(args.control, args.record, status,
-                     Waiter{kOpAllReduce, args.rank, missing, blockIdx.x, call_word(call.epoch, args.call_hash), seen});
-      return status;
-    }
-  }
-  *total = sum_vecs<Element, kWorld>(from);
-  return kOk;
-}
-
 // ---- the kernel ---------------------------------------------------------------------------------------------------
 
 template <typename Element, int kWorld>
@@ -119,13 +90,13 @@ __global__ void __launch_bounds__(kMaxDataThreads + kWatchers)
     // 1. push, then 2. clear while the data travels, then 3. receive and add
     if (has_data) push<kWorld>(args, call, index, own);
     clear_stale(args, call, kWorld, index, gridDim.x * data_threads());
-    if (has_data) status = receive_and_add<Element, kWorld>(args, call, index, own, &total);
+    if (has_data) status = receive_and_add<Element, kWorld>(args, call, kOpAllReduce, index, own, &total);
   }
   // 4. store, once the headers are known to agree too
   const bool agreed = __syncthreads_and(status == kOk);
   if (has_data) store_vec(args.out, index, args.n_elems, agreed ? total : splat(kNan));
   // 5. all of out, if this call failed here; if the group had failed before it, every block knows by itself
-  if (!agreed && !call.failed) spoil(args);
+  if (!agreed && !call.failed) spoil(args.out, args.n_elems);
 }
 
 // ---- the launcher -------------------------------------------------------------------------------------------------

@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksOfSm)
   }
   if (args.splits > 1) cluster_barrier_relaxed();  // no block ends while another reads its sums
   // 5. all of out, if this call failed here; if the group had failed before it, every block knows by itself
-  if (!agreed && !call.failed) spoil(args.sum);
+  if (!agreed && !call.failed) spoil(args.sum.out, args.sum.n_elems);
 }
 
 // ---- the launcher -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@
 // Live (no one waits for ever). The grid is no larger than what is resident at a time, and each block walks its tiles in
 //   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
 //   of step 1 that stand before them in that order on every rank, and the collector, whom nobody waits for, for tiles of
-//   step 2. A courier raises the flag of a partial before it waits for another. So one cluster of blocks is enough.
+//   step 2. A courier raises the flag of a partial before it waits for another; where a fetcher waits for them, a block's
+//   push needs only what it does before in that order. So one cluster of blocks is enough.
 #include <cuda_runtime.h>
 
 #include "api.h"
@@ -66,7 +67,8 @@ __device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& 
   const TpoGemmCollectiveArgs& args = params.args;
   for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
     const int peer = (args.rank + turn) % args.world_size;
-    store_bytes(result_of<Shape>(params, peer, args.rank, work.tile), courier.memory.staging(0), Shape::kTileBytes);
+    store_bytes(result_of<Shape>(params, peer, args.rank, work.tile), courier.memory.tile(courier.buffer.slot),
+                Shape::kTileBytes);
   }
   courier.store_sum(&params.out, work);
   courier.free_staging();
@@ -102,15 +104,17 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
       found = itinerary.next(&work);
       continue;
     }
-    if (!fetched) courier.fetch_partial(work.tile, 0);
-    courier.fetch_other_partials(work.tile);
+    if (Shape::kStagings == 1) {  // else the fetcher does
+      if (!fetched) courier.fetch_partial(work.tile, 0);
+      courier.fetch_other_partials(work.tile);
+    }
     courier.await_staged(work);
     push_sum(courier, params, work);
-    // The next partial is fetched before the flags are raised, which a busy link delays by as much as a tile takes.
-    // Nobody whom we wait for there waits for these flags. (For those of partials the same would be a deadlock.)
+    // With one buffer the next partial is fetched before the flags are raised, which a busy link delays by as much as a
+    // tile takes. Nobody whom we wait for there waits for these flags. (For those of partials the same would be a deadlock.)
     const int tile = work.tile;
     found = itinerary.next(&work);
-    fetched = found && work.owner == args.rank;
+    fetched = Shape::kStagings == 1 && found && work.owner == args.rank;
     if (fetched) courier.fetch_partial(work.tile, 0);
     publish_sum(courier, params, tile);
   }
@@ -240,6 +244,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     if (threadIdx.x / 32 == kCourierWarp)
       failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
     if (threadIdx.x / 32 == kTransitWarp) failed = collect_tiles(params, memory);
+    if (Shape::kStagings == 2 && threadIdx.x == 32 * kFetcherWarp) {
+      fetch_tiles(params, memory, kOpAllReduce, rank_in_cluster);
+    }
     if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.args.gemm.M);
   } else {
     take_registers<kCollectiveConsumerRegisters>();
@@ -278,11 +285,12 @@ constexpr CollectiveVariant variant() {
                            prepare<Bf16, Traced>};
 }
 
-// By TpoGemmSchedule. Columns, stages, boxes in transit.
+// By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
 constexpr CollectiveVariant kVariants[] = {
-    variant<CollectiveShape<256, 3, 2>, CollectiveShape<256, 3, 2, true>>(),
+    variant<CollectiveShape<256, 3, 1, 2>, CollectiveShape<256, 3, 1, 2, true>>(),
     {},
-    variant<CollectiveShape<128, 5, 2>, CollectiveShape<128, 5, 2, true>>()};
+    variant<CollectiveShape<128, 5, 1, 2>, CollectiveShape<128, 5, 1, 2, true>>(),
+    variant<CollectiveShape<128, 4, 2, 2>, CollectiveShape<128, 4, 2, 2, true>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

@@ -26,7 +26,8 @@
 // Live (no one waits for ever). The grid is no larger than what is resident at a time, and each block walks its tiles in
 //   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
 //   of step 1 that stand before them in that order on every rank. A courier raises the flag of one tile before it waits for
-//   those of the next. So one cluster of blocks is enough.
+//   those of the next; where a fetcher waits for them, a block's push needs only what it does before in that order. So
+//   one cluster of blocks is enough.
 #include <cuda_runtime.h>
 
 #include "api.h"
@@ -52,8 +53,10 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
       courier.await_staged(work);
       courier.push_partial(work);
     } else {
-      courier.fetch_partial(work.tile, 0);
-      courier.fetch_other_partials(work.tile);
+      if (Shape::kStagings == 1) {  // else the fetcher does
+        courier.fetch_partial(work.tile, 0);
+        courier.fetch_other_partials(work.tile);
+      }
       courier.await_staged(work);
       if (work.in_sum.row < params.owners.rows_of(args.rank)) courier.store_sum(&params.out, work);
       courier.free_staging();
@@ -85,6 +88,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push(cons
     if (threadIdx.x / 32 == kCourierWarp) {
       const bool failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
       if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.owners.rows_of(params.args.rank));
+    }
+    if (Shape::kStagings == 2 && threadIdx.x == 32 * kFetcherWarp) {
+      fetch_tiles(params, memory, kOpReduceScatter, rank_in_cluster);
     }
   } else {
     take_registers<kCollectiveConsumerRegisters>();
@@ -121,11 +127,12 @@ constexpr CollectiveVariant variant() {
                            prepare<Bf16, Traced>};
 }
 
-// By TpoGemmSchedule. Columns, stages, boxes in transit.
+// By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
 constexpr CollectiveVariant kVariants[] = {
-    variant<CollectiveShape<256, 3, 0>, CollectiveShape<256, 3, 0, true>>(),
+    variant<CollectiveShape<256, 3, 1, 0>, CollectiveShape<256, 3, 1, 0, true>>(),
     {},
-    variant<CollectiveShape<128, 5, 0>, CollectiveShape<128, 5, 0, true>>()};
+    variant<CollectiveShape<128, 5, 1, 0>, CollectiveShape<128, 5, 1, 0, true>>(),
+    variant<CollectiveShape<128, 5, 2, 0>, CollectiveShape<128, 5, 2, 0, true>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

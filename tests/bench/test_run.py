@@ -137,6 +137,11 @@ def test_an_unknown_provider_is_refused_by_name(bench):
     assert code == 2 and "no provider is called 'matmul+mpi'" in text
 
 
+def test_a_gemm_for_hopper_declines_elsewhere_and_says_so(bench):
+    code, text = bench(*small("--provider", "matmul:sm90"))
+    assert code == 0 and "matmul:sm90: needs a GPU of compute capability 9.0" in text, text
+
+
 def test_our_ops_run_on_the_cpu_and_say_their_plan(bench, tmp_path):
     providers = [f"--provider={name}" for name in ("ref", "interp", "interp:two_shot;push")]
     code, text = bench("run", "--layer", "64,32", "--m", "5", "--target-ms", "5", *providers, "--json", "out.json")
@@ -159,15 +164,22 @@ def test_a_plan_that_cannot_run_a_case_is_no_failure(bench, tmp_path):
     assert list(reasons) == ["gemm_all_reduce"] and "push" in reasons["gemm_all_reduce"]
 
 
-def test_an_all_reduce_alone_has_no_gemm(bench, tmp_path):
-    code, text = bench(
-        *("run", "--op", "all_reduce", "--layer", "64,32", "--m", "5", "--target-ms", "5", "--json", "out.json")
-    )
+def test_an_all_reduce_alone_has_no_gemm_and_a_norm_gives_two_results(bench, tmp_path):
+    ops = ("all_reduce", "all_reduce_add_rms_norm", "gemm_all_reduce_add_rms_norm")
+    chosen = [argument for op in ops for argument in ("--op", op)]
+    code, text = bench("run", *chosen, *("--layer", "64,32", "--m", "5", "--target-ms", "5", "--json", "out.json"))
     assert code == 0, text
-    rows = {row["provider"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert set(rows) == {"ref", "interp", "copy+gloo"} and all(
-        row["us"] and row["K_local"] == 0 for row in rows.values()
-    )
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert all(row["us"] and row["K_local"] == 32 * row["op"].startswith("gemm") for row in rows)
+    ours = {"ref", "interp"}
+    assert {op: {row["provider"] for row in rows if row["op"] == op} for op in ops} == {
+        "all_reduce": ours | {"copy+gloo"},
+        "all_reduce_add_rms_norm": ours | {"copy+gloo+rms_norm"},
+        "gemm_all_reduce_add_rms_norm": ours | {"matmul", "matmul+gloo+rms_norm"},
+    }
+    plans = {row["op"]: row["plan"] for row in rows if row["provider"] == "interp"}
+    assert plans["all_reduce_add_rms_norm"] == "one_shot_norm"
+    assert plans["gemm_all_reduce_add_rms_norm"] == "unfused_one_shot_norm"
 
 
 def test_explain_prints_the_plan_without_a_gpu():

@@ -37,6 +37,14 @@ def test_every_provider_is_right_and_timed(tmp_path, op, mode):
         assert row["floor_us"] > 2.0 and (row["host_us"] is None) == (mode == "graph")
 
 
+def test_our_gemm_alone_is_right_and_timed(tmp_path):
+    arguments = ["--ranks", "2", "--layer", "1024,3696", "--m", "1,300,1024", "--provider", "matmul:sm90"]
+    code, text, rows = run(tmp_path, *arguments, "--op", "gemm_all_reduce")
+    assert code == 0, text
+    timed = {(row["provider"], row["M"]) for row in rows if row["us"]}
+    assert timed == {(name, M) for name in ("matmul", "matmul:sm90") for M in (1, 300, 1024)}, text
+
+
 def test_four_ranks_on_two_gpus_leave_nccl_out_with_a_reason(tmp_path):
     arguments = ["--ranks", "4", "--ranks-per-device", "2", "--layer", "1024,256", "--m", "48"]
     code, text, rows = run(tmp_path, *arguments, "--op", "gemm_all_reduce")

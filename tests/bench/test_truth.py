@@ -1,14 +1,23 @@
 """The check before the clock: it passes what is right and stops what is slightly wrong, on every kind of result."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from tp_overlap_kernels.bench import truth
-from tp_overlap_kernels.bench.cases import ALL_REDUCE, GEMM_ALL_REDUCE, GEMM_REDUCE_SCATTER, Case, Layer
+from tp_overlap_kernels.bench.cases import (
+    ALL_REDUCE,
+    ALL_REDUCE_NORM,
+    GEMM_ALL_REDUCE,
+    GEMM_REDUCE_SCATTER,
+    Case,
+    Layer,
+)
 from tp_overlap_kernels.bench.inputs import LayerInputs, MessageInputs, weight_copies
 from tp_overlap_kernels.bench.launch import Topology, World
+from tp_overlap_kernels.bench.norm import EPS, norm_operands
 
 LAYER = Layer("any", "", 48, 40)
 UNSAMPLED = next(row for row in range(300) if row not in truth.sample_rows(300, 2))  # the wider check alone sees it
@@ -93,6 +102,46 @@ def test_a_message_is_its_own_partial(world):
     check = truth.Truth(inputs, 300)
     assert check.wrong(total, case, truth.ONCE) is None
     assert check.wrong(total * 1.03, case, truth.ONCE)
+
+
+def normed(inputs: LayerInputs, M: int, one_rounding: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, new_residual) as our kernel rounds, or as torch does behind a sum that was rounded."""
+    residual, weight = norm_operands(LAYER, M, inputs.dtype, torch.device("cpu"))
+    total = sum(inputs.activation(rank)[:M].float() for rank in range(2))
+    if not one_rounding:
+        hidden = total.to(inputs.dtype) + residual
+        return torch.nn.functional.rms_norm(hidden, weight.shape, weight, EPS), hidden
+    hidden = (total + residual.float()).to(inputs.dtype)
+    scale = torch.rsqrt(hidden.float().square().mean(1, keepdim=True) + EPS)
+    return (hidden.float() * scale * weight.float()).to(inputs.dtype), hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("one_rounding", [True, False])
+@pytest.mark.parametrize("M", [1, 300])
+def test_right_norms_pass(world, dtype, one_rounding, M):
+    inputs = MessageInputs(LAYER, 300, dtype, world, seed=1)
+    case = Case(ALL_REDUCE_NORM, LAYER, M, str(dtype).removeprefix("torch."), 2)
+    assert truth.Truth(inputs, M).wrong(normed(inputs, M, one_rounding), case, truth.ONCE) is None
+
+
+def test_wrong_norms_are_stopped(world):
+    inputs = MessageInputs(LAYER, 300, torch.bfloat16, world, seed=1)
+    case, check = Case(ALL_REDUCE_NORM, LAYER, 300, "bfloat16", 2), truth.Truth(inputs, 300)
+    y, new_residual = normed(inputs, 300, True)
+    residual, weight = norm_operands(LAYER, 300, torch.bfloat16, torch.device("cpu"))
+    one_wrong = [x.clone() for x in (y, new_residual)]
+    for x in one_wrong:
+        x[UNSAMPLED, 5] += 0.25
+    for wrong, says in [
+        ((one_wrong[0], new_residual), f"y: 1 of .* at row {UNSAMPLED}"),
+        ((y, one_wrong[1]), f"new_residual: 1 of .* at row {UNSAMPLED}"),
+        ((y, new_residual - residual), "new_residual: "),
+        ((y / weight, new_residual), "y: "),
+        ((y[:-1], new_residual), "y: got"),
+        (new_residual, "got one tensor"),
+    ]:
+        assert re.search(says, check.wrong(wrong, case, truth.ONCE) or "")
 
 
 @pytest.mark.parametrize("M, world_size", [(129, 2), (8192, 2), (8191, 8)])

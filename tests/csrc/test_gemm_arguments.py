@@ -34,6 +34,7 @@ RIGHT = {
         pytest.param({"bias_ptr": 4098}, id="bias not aligned"),
         pytest.param({"dtype_code": 2}, id="unknown dtype"),
         pytest.param({"group_rows": -1}, id="empty groups"),
+        pytest.param({"schedule": gemm.Schedule(3, 256, 128, 2, 8)}, id="a schedule of the sums over ranks"),
         pytest.param({"schedule": gemm.Schedule(99, 256, 256, 2, 8)}, id="unknown schedule"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import TpOverlapError
 from tp_overlap_kernels.kernels import gemm
-from tp_overlap_kernels.kernels.gemm_collectives import TILE_BYTES, GemmCollectiveLauncher
+from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, GemmCollectiveLauncher
 
 pytestmark = pytest.mark.skipif(
     not native.LIBRARY_PATH.exists(), reason="needs libtpo_kernels.so: install the package where nvcc and cmake are"
@@ -85,8 +85,9 @@ def test_a_trace_needs_room_and_bf16(monkeypatch, op, intervals, dtype_code, rea
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_right_comes_as_far_as_the_driver(monkeypatch, op):
-    with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
-        launch(monkeypatch, op)
+    for schedule in SCHEDULES.values():
+        with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
+            launch(monkeypatch, op, schedule=schedule, tile_slots=8)
     with pytest.raises(TpOverlapError, match=rf"{op}: the CUDA kernels could not be loaded: .*driver"):
         GemmCollectiveLauncher(op, **(ARENA | ROOM))
 

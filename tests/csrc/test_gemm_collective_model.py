@@ -1,9 +1,9 @@
 """The protocol of csrc/include/tpo/gemm_collective.cuh as processes that run at random speeds, with no GPU.
 
-Each block has its consumers, its courier and, for an all-reduce, its collector, as the kernels have them. What the
-copy engine is asked to do happens later: it reads its source some time after it was told, and what it writes is seen
-some time after that. Every tile says what it is, so that whoever takes another one for it is found out. Planted errors
-must be, too.
+Each block has its consumers, its courier, with two staging buffers its fetcher and, for an all-reduce, its collector,
+as the kernels have them. What the copy engine is asked to do happens later: it reads its source some time after it was
+told, and what it writes is seen some time after that. Of phases of barriers parities alone are known. Every tile says
+what it is, so that whoever takes another one for it is found out. Planted errors must be, too.
 """
 
 from __future__ import annotations
@@ -104,22 +104,43 @@ def turn_of(step: int, run: int, world: int, lead: int) -> tuple[int, int]:
     return order[step]
 
 
-class Block:
-    """One block of one call. tiles: of each owner. Barriers are counts of ended phases."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    op: str  # "scatter" or "sum"
+    run: int  # of tiles that an owner has room for
+    tiles: list[int]  # that each owner has
+    lead: int
+    stagings: int
+    blocks: list[int]  # of each rank
 
-    def __init__(self, machine: Machine, rank: int, op: str, tiles: int, lead: int, index: int, blocks: int):
-        self.machine, self.rank, self.op, self.tiles, self.lead = machine, rank, op, tiles, lead
-        self.index, self.blocks, self.world = index, blocks, machine.world
+
+def is_over(phase: int, ended: int) -> bool:
+    """What a wait for a phase finds, by its parity, where so many have ended."""
+    return (ended - phase) % 2 == 0
+
+
+class Block:
+    """One block of one call. Barriers are counts of ended phases, lists of those of each staging buffer."""
+
+    def __init__(self, machine: Machine, rank: int, call: Call, index: int):
+        self.machine, self.rank, self.call = machine, rank, call
+        self.index, self.blocks, self.world = index, call.blocks[rank], machine.world
         self.me = machine.ranks[rank]
         self.epoch = self.me.epoch + 1
-        self.staging = None  # shared memory
-        self.staged = self.free = self.partial = self.taken = 0
+        self.staging = [None] * call.stagings  # shared memory
+        self.staged, self.arrived, self.free, self.partial = ([0] * call.stagings for _ in range(4))
+        self.taken = self.takes = 0
         self.group: list = []  # of the courier's stores
 
     def itinerary(self):
-        for step in range(self.index, self.world * self.tiles, self.blocks):
-            turn, tile = turn_of(step, self.tiles, self.world, self.lead)
-            yield (self.rank + turn) % self.world, tile
+        """Owner and tile, in which buffer, and how often that has been used before."""
+        found = 0
+        for step in range(self.index, self.world * self.call.run, self.blocks):
+            turn, tile = turn_of(step, self.call.run, self.world, self.call.lead)
+            owner = (self.rank + turn) % self.world
+            if tile < self.call.tiles[owner]:
+                yield owner, tile, found % self.call.stagings, found // self.call.stagings
+                found += 1
 
     def peers(self):
         return [(self.rank + turn) % self.world for turn in range(1, self.world)]
@@ -130,27 +151,33 @@ class Block:
     # -- consumers
 
     def compute(self):
-        free = partial = 0
-        for owner, tile in self.itinerary():
+        partials = [0] * self.call.stagings
+        for owner, tile, buffer, use in self.itinerary():
             yield None  # products
             if self.machine.error != "staging not waited for":
-                yield lambda: self.free >= free  # noqa: B023  evaluated before the next turn of the loop
-            free += 1
+                yield lambda: is_over(use, self.free[buffer])  # noqa: B023  evaluated before the next turn of the loop
             if owner != self.rank:
-                self.staging = self.what("partial", self.rank, owner, tile)
+                self.staging[buffer] = self.what("partial", self.rank, owner, tile)
             else:
                 others = [source for source in range(self.world) if source != self.rank]
                 for place, source in enumerate(others):
-                    partial += 1
-                    yield lambda: self.partial >= partial  # noqa: B023
-                    if self.staging != self.what("partial", source, owner, tile):
-                        raise Wrong(f"added {self.staging} for the partial of {source}, tile {tile}, call {self.epoch}")
+                    partials[buffer] += 1
+                    yield lambda: is_over(partials[buffer], self.partial[buffer])  # noqa: B023
+                    found = self.staging[buffer]
+                    if found != self.what("partial", source, owner, tile):
+                        raise Wrong(f"added {found} for the partial of {source}, tile {tile}, call {self.epoch}")
                     if place < len(others) - 1:
                         self.taken += 1
-                self.staging = self.what("sum", owner, owner, tile)
-            self.staged += 1
+                self.staging[buffer] = self.what("sum", owner, owner, tile)
+            self.arrive_staged(buffer)
 
-    # -- the courier
+    def arrive_staged(self, buffer: int) -> None:
+        self.arrived[buffer] += 1
+        has_one_party = self.call.stagings == 1 or self.machine.error == "free not counted"
+        if has_one_party or self.arrived[buffer] % 2 == 0:
+            self.staged[buffer] += 1
+
+    # -- the courier and the fetcher
 
     def read(self):
         return all(read for read, _ in self.group)
@@ -158,29 +185,36 @@ class Block:
     def written(self):
         return all(written for _, written in self.group)
 
-    def store(self, memory: dict, key) -> None:
-        self.machine.copy(lambda: self.staging, lambda value: memory.__setitem__(key, value), self.group)
+    def store(self, buffer: int, memory: dict, key) -> None:
+        self.machine.copy(lambda: self.staging[buffer], lambda value: memory.__setitem__(key, value), self.group)
 
-    def fetch(self, tile: int, place: int):
+    def fetch(self, buffer: int, tile: int, place: int):
         source = place + (place >= self.rank)
         yield lambda: self.me.partial_flags.get((tile, source), 0) >= self.epoch
 
         def arrive(value):
-            self.staging = value
-            self.partial += 1
+            self.staging[buffer] = value
+            self.partial[buffer] += 1
 
         self.machine.copy(lambda: self.me.staging.get((source, tile)), arrive, [])
 
-    def fetch_others(self, tile: int):
+    def fetch_others(self, buffer: int, tile: int):
         for place in range(1, self.world - 1):
-            self.takes = getattr(self, "takes", 0) + 1
+            self.takes += 1
             if self.machine.error != "partials not waited for":
-                yield lambda: self.taken >= self.takes
-            yield from self.fetch(tile, place)
+                yield lambda: is_over(self.takes, self.taken)
+            yield from self.fetch(buffer, tile, place)
 
-    def await_staged(self):
-        self.turns = getattr(self, "turns", 0) + 1
-        yield lambda: self.staged >= self.turns
+    def fetch_all(self):
+        """The fetcher."""
+        for owner, tile, buffer, use in self.itinerary():
+            if self.machine.error != "fetch before read":
+                yield lambda: is_over(use, self.free[buffer])  # noqa: B023
+            if owner == self.rank:
+                yield from self.fetch(buffer, tile, 0)
+                yield from self.fetch_others(buffer, tile)
+            if self.machine.error != "free not counted":
+                self.arrive_staged(buffer)
 
     def carry(self):
         error = self.machine.error
@@ -190,44 +224,45 @@ class Block:
         works = list(self.itinerary())
         fetched = None
         for work, following in itertools.zip_longest(works, works[1:]):
-            owner, tile = work
-            own_follows = following is not None and following[0] == self.rank
+            owner, tile, buffer, use = work
+            own_follows = self.call.stagings == 1 and following is not None and following[0] == self.rank
             if owner != self.rank:
-                yield from self.await_staged()
-                self.store(self.machine.ranks[owner].staging, (self.rank, tile))
+                yield lambda: is_over(use + 1, self.staged[buffer])  # noqa: B023
+                self.store(buffer, self.machine.ranks[owner].staging, (self.rank, tile))
                 if error != "free before read":
                     yield self.read
-                self.free += 1
+                self.free[buffer] += 1
                 if error == "fetch before the flag" and own_follows:
-                    yield from self.fetch(following[1], 0)
+                    yield from self.fetch(buffer, following[1], 0)
                     fetched = following
                 if error != "flag when read":
                     yield self.written
                 self.machine.ranks[owner].partial_flags[tile, self.rank] = self.epoch
                 continue
-            if fetched != work:
-                yield from self.fetch(tile, 0)
-            yield from self.fetch_others(tile)
-            yield from self.await_staged()
-            if self.staging != self.what("sum", owner, owner, tile):
-                raise Wrong(f"stored {self.staging}")
-            if self.op == "scatter":
-                self.store({}, None)
+            if self.call.stagings == 1:
+                if fetched != work:
+                    yield from self.fetch(buffer, tile, 0)
+                yield from self.fetch_others(buffer, tile)
+            yield lambda: is_over(use + 1, self.staged[buffer])  # noqa: B023
+            if self.staging[buffer] != self.what("sum", owner, owner, tile):
+                raise Wrong(f"stored {self.staging[buffer]}")
+            if self.call.op == "scatter":
+                self.store(buffer, {}, None)
                 yield self.read
-                self.free += 1
+                self.free[buffer] += 1
                 continue
             for peer in self.peers():
-                self.store(self.machine.ranks[peer].result, (self.rank, tile))
+                self.store(buffer, self.machine.ranks[peer].result, (self.rank, tile))
             yield self.read
-            self.free += 1
+            self.free[buffer] += 1
             if own_follows:
-                yield from self.fetch(following[1], 0)
+                yield from self.fetch(buffer, following[1], 0)
                 fetched = following
             if error != "flag when read":
                 yield self.written
             for peer in self.peers():
                 self.machine.ranks[peer].result_flags[self.rank, tile] = self.epoch
-        if self.op == "scatter":
+        if self.call.op == "scatter":
             yield from self.leave()
 
     def leave(self):
@@ -241,9 +276,11 @@ class Block:
     # -- the collector
 
     def collect(self):
-        total = (self.world - 1) * self.tiles
+        total = (self.world - 1) * self.call.run
         for i in range(self.blocks - 1 - self.index, total, self.blocks):
             owner, tile = (self.rank + 1 + i % (self.world - 1)) % self.world, i // (self.world - 1)
+            if tile >= self.call.tiles[owner]:
+                continue
             if self.machine.error != "sums not waited for":
                 yield lambda: self.me.result_flags.get((owner, tile), 0) >= self.epoch  # noqa: B023
             found, group = [], []
@@ -253,12 +290,13 @@ class Block:
                 raise Wrong(f"took {found} for the sum of {owner}, tile {tile}, call {self.epoch}")
 
 
-def calls_of(machine: Machine, rank: int, calls: list):
+def calls_of(machine: Machine, rank: int, calls: list[Call]):
     """The stream of one rank: each call when the one before has ended. Its blocks run beside each other."""
-    for op, tiles, lead, grids in calls:
-        blocks = [Block(machine, rank, op, tiles, lead, i, grids[rank]) for i in range(grids[rank])]
+    for call in calls:
+        blocks = [Block(machine, rank, call, i) for i in range(call.blocks[rank])]
         roles = [role for block in blocks for role in (block.compute(), block.carry())]
-        roles += [block.collect() for block in blocks if op == "sum"]
+        roles += [block.fetch_all() for block in blocks if call.stagings == 2]
+        roles += [block.collect() for block in blocks if call.op == "sum"]
         waits: dict = {role: None for role in roles}
         while waits:
             able = [role for role, until in waits.items() if until is None or until()]
@@ -273,22 +311,25 @@ def calls_of(machine: Machine, rank: int, calls: list):
         machine.ranks[rank].epoch += 1
 
 
-def play(world: int, seed: int, error: str = "") -> None:
-    """Six calls of both kinds, of changing sizes and grids, one of them with more blocks than tiles."""
+def play(world: int, seed: int, error: str = "", stagings: tuple[int, ...] = (1, 2)) -> None:
+    """Six calls of both kinds, of changing sizes and grids, some with more blocks than tiles, or owners without any."""
     machine = Machine(world, seed, error)
     draw = random.Random(seed)
     calls = []
     for _ in range(6):
-        tiles = draw.choice((1, 2, 3, 5))
-        lead, grids = draw.choice((0, 1, 2, 4)), [draw.choice((1, 2, 3, 16)) for _ in range(world)]
-        calls.append((draw.choice(("scatter", "sum")), tiles, lead, grids))
+        op, run = draw.choice(("scatter", "sum")), draw.choice((1, 2, 3, 5))
+        least = int(op == "scatter")  # an owner without rows has a tile all the same
+        last = draw.choice((1, run, world * run, world * run))  # the whole has so many
+        tiles = [max(least, min(run, last - rank * run)) for rank in range(world)]
+        lead, blocks = draw.choice((0, 1, 2, 4)), [draw.choice((1, 2, 3, 16)) for _ in range(world)]
+        calls.append(Call(op, run, tiles, lead, draw.choice(stagings), blocks))
     machine.run([calls_of(machine, rank, calls) for rank in range(world)])
 
 
 @needs_nvcc
 def test_the_order_of_tiles_is_that_of_the_kernels(tmp_path):
     sizes = [(run, world, lead) for run in (1, 2, 5) for world in (2, 3, 8) for lead in (0, 1, 2, 4, 9)]
-    program = '#include <cstdio>\n#include "tpo/gemm_collective.cuh"\nint main() { int number;\n'
+    program = '#include <cstdio>\n#include "tpo/gemm_owners.cuh"\nint main() { int number;\n'
     for run, world, lead in sizes:
         program += f"for (int s = 0; s < {run * world}; ++s) {{ int turn = tpo::turn_of(s, {run}, {world}, {lead}, "
         program += '&number); printf("%d %d\\n", turn, number); }\n'
@@ -306,29 +347,36 @@ def test_the_order_of_tiles_is_that_of_the_kernels(tmp_path):
             assert turn == world or step < order.index((world, number))
 
 
+@pytest.mark.parametrize("stagings", [(1,), (2,), (1, 2)], ids=["one staging", "two stagings", "in turn"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_nobody_reads_too_early_or_waits_for_ever(world):
+def test_nobody_reads_too_early_or_waits_for_ever(world, stagings):
     for seed in range(240 // world):
-        play(world, seed)
+        play(world, seed, stagings=stagings)
 
 
 @pytest.mark.parametrize(
-    ("error", "world"),
+    ("error", "world", "stagings"),
     [
-        ("flag when read", 2),
-        ("free before read", 2),
-        ("staging not waited for", 2),
-        ("done not waited for", 2),
-        ("fetch before the flag", 2),
-        ("sums not waited for", 2),
-        ("partials not waited for", 3),
+        ("flag when read", 2, 1),
+        ("flag when read", 2, 2),
+        ("free before read", 2, 1),
+        ("free before read", 2, 2),
+        ("staging not waited for", 2, 1),
+        ("staging not waited for", 2, 2),
+        ("done not waited for", 2, 1),
+        ("fetch before the flag", 2, 1),
+        ("fetch before read", 2, 2),
+        ("free not counted", 2, 2),
+        ("sums not waited for", 2, 1),
+        ("partials not waited for", 3, 1),
+        ("partials not waited for", 3, 2),
     ],
 )
-def test_a_planted_error_is_found(error, world):
+def test_a_planted_error_is_found(error, world, stagings):
     found = 0
     for seed in range(400):
         try:
-            play(world, seed, error)
+            play(world, seed, error, (stagings,))
         except Wrong:
             found += 1
         if found == 3:

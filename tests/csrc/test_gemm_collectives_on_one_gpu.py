@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 SCATTER, SUM = OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
+EVERY = list(itertools.product(OPS, SCHEDULES, (0, 1, 3)))  # op, columns of a tile and stagings, lead
 CODES = {BF16: 0, FP16: 1}
 EPOCH, FAILED = 0, 4  # words of control
 ABORT, STATE, CODE, OP, RANK, PEER, WANTED = 0, 1, 2, 3, 4, 5, 7  # words of the record
@@ -94,12 +95,12 @@ class Group:
         }
         return Rank(arena, control, record, torch.cuda.Stream(), launch)
 
-    def enqueue(self, rank: int, op: str, cols: int, a, b, bias, out, call_hash: int = 7, lead: int = 0) -> None:
+    def enqueue(self, rank: int, op: str, cut: tuple[int, int], a, b, bias, out, call_hash=7, lead: int = 0) -> None:
         (M, K), N, member = a.shape, b.shape[0], self.ranks[rank]
         bias_ptr = 0 if bias is None else bias.data_ptr()
         member.launch[op](
             *(a.data_ptr(), b.data_ptr(), bias_ptr, out.data_ptr(), M, N, K, a.stride(0), b.stride(0), CODES[a.dtype]),
-            *(SCHEDULES[cols], 3, lead, call_hash, member.stream.cuda_stream),
+            *(SCHEDULES[cut], 3, lead, call_hash, member.stream.cuda_stream),
         )
 
     def expect_no_failure(self) -> None:
@@ -108,9 +109,14 @@ class Group:
 
 
 def play(
-    group: Group, case: Case, calls: list[tuple[str, int, int]], kind: str, with_bias: bool, late: int | None = None
+    group: Group,
+    case: Case,
+    calls: list[tuple[str, tuple[int, int], int]],
+    kind: str,
+    with_bias: bool,
+    late: int | None = None,
 ):
-    """The calls in a row on every rank, nothing between them; all are judged. calls: op, columns of a tile, lead."""
+    """The calls in a row on every rank, nothing between them; all are judged. calls: op, key of SCHEDULES, lead."""
     W = case.world_size
     operands = [
         [tuple(x.cuda() for x in inputs.operands(case, r, kind, i)) for r in range(W)] for i in range(len(calls))
@@ -125,15 +131,15 @@ def play(
         if rank == late:
             with torch.cuda.stream(group.ranks[rank].stream):
                 torch.cuda._sleep(5 * CLOCKS_PER_MS)
-        for (op, cols, lead), abs_, bias, out in zip(calls, operands, biases, outs, strict=True):
-            group.enqueue(rank, op, cols, *abs_[rank], bias, out[rank], lead=lead)
+        for (op, cut, lead), abs_, bias, out in zip(calls, operands, biases, outs, strict=True):
+            group.enqueue(rank, op, cut, *abs_[rank], bias, out[rank], lead=lead)
     torch.cuda.synchronize()
     group.expect_no_failure()
-    for i, ((op, cols, lead), out) in enumerate(zip(calls, outs, strict=True)):
+    for i, ((op, cut, lead), out) in enumerate(zip(calls, outs, strict=True)):
         exact = truth.gemm_all_reduce(case, kind, i, with_bias, "cuda")
         for rank in range(W):
             part = exact if op == SUM else exact.rows(case.rows_of(rank))
-            what = f"call {i}, {op}, {cols} columns, lead {lead}, rank {rank}"
+            what = f"call {i}, {op}, columns and stagings {cut}, lead {lead}, rank {rank}"
             got, around = out[rank][:-1], out[rank][-1]
             check_bits(got, part, what) if kind == "integer" else check(got, part, tolerance(part), what)
             assert around.isnan().all(), f"{what}: a row past the end was written"
@@ -146,16 +152,17 @@ def play(
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
     case = dataclasses.replace(case, world_size=world_size)
-    group, every = Group(world_size), list(itertools.product(OPS, SCHEDULES, (0, 1, 3)))
-    play(group, case, [*every, *every[::-1], every[0], every[-1]], "normal", with_bias)
-    play(group, case, [*every[::-1], *every], "integer", with_bias)
-    assert all(member.control[EPOCH] == 4 * len(every) + 2 for member in group.ranks)
+    group = Group(world_size)
+    play(group, case, [*EVERY, *EVERY[::-1], EVERY[0], EVERY[-1]], "normal", with_bias)
+    play(group, case, [*EVERY[::-1], *EVERY], "integer", with_bias)
+    assert all(member.control[EPOCH] == 4 * len(EVERY) + 2 for member in group.ranks)
 
 
-def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it():
+@pytest.mark.parametrize("cut", SCHEDULES)
+def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it(cut):
     W, case = 4, Case(1, 64, 64, BF16, 4, "fewer rows than ranks")
     group = Group(W)
-    play(group, case, [(SCATTER, 128, 0)], "normal", False)
+    play(group, case, [(SCATTER, cut, 0)], "normal", False)
     for rank, member in enumerate(group.ranks):
         flags = member.arena[group.room.partial_flags :][: 8 * W].view(torch.int64)  # of the first tile, by source
         assert [bool(word >> 16) for word in flags.tolist()] == [source != rank for source in range(W)]
@@ -164,31 +171,31 @@ def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it():
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_two_blocks_a_rank_are_enough(world_size):
     case = Case(1300, 1000, 136, BF16, world_size, "more tiles than blocks")
-    calls = [(SUM, 128, 0), (SCATTER, 256, 1), (SCATTER, 128, 0), (SUM, 256, 2), (SUM, 128, 1)]
-    play(Group(world_size, blocks=2), case, calls, "normal", True)
+    play(Group(world_size, blocks=2), case, EVERY, "normal", True)
 
 
 @pytest.mark.parametrize("late", range(3))
 def test_a_late_rank_is_waited_for(late):
     group, case = Group(3), Case(900, 512, 128, BF16, 3, "three ranks")
     for _ in range(3):
-        play(group, case, [(SCATTER, 128, 0), (SUM, 128, 1), (SCATTER, 256, 1)], "normal", False, late)
+        play(group, case, [(op, cut, 1) for op, cut in itertools.product(OPS, SCHEDULES)], "normal", False, late)
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("cols", SCHEDULES)
-def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cols):
+@pytest.mark.parametrize("cut", SCHEDULES)
+def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
     """The order of steps within a thread, and as many products as there are tiles of a cluster of two."""
     group, case = Group(2), Case(1024, 512, 640, BF16, 2, "traced")
     room, blocks = 64, group.blocks
-    traces = [torch.zeros(blocks, 3, room, TRACE_WORDS, dtype=torch.int32, device="cuda") for _ in range(2)]
+    shape = (blocks, len(TRACE_ROLES), room, TRACE_WORDS)
+    traces = [torch.zeros(shape, dtype=torch.int32, device="cuda") for _ in range(2)]
     for member, trace in zip(group.ranks, traces, strict=True):
         member.launch[op].trace(trace.data_ptr(), room)
-    play(group, case, [(op, cols, 1)] * 3, "normal", True)
+    play(group, case, [(op, cut, 1)] * 3, "normal", True)
     for trace in traces:
         intervals = intervals_of(trace)
         multiplied = [(each.owner, each.tile) for each in intervals if each.step == "multiply"]
-        assert len(set(multiplied)) == len(multiplied) == 1024 * 512 // (128 * cols)
+        assert len(set(multiplied)) == len(multiplied) == 1024 * 512 // (128 * cut[0])
         for role in TRACE_ROLES:
             for block in range(blocks):
                 some = [each for each in intervals if (each.block, each.role) == (block, role)]
@@ -197,7 +204,7 @@ def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cols):
             assert sum(each.step == "copy" for each in intervals) == len(multiplied) // 2
 
 
-def run_alone(group: Group, op: str, call_hashes: dict[int, int]) -> list[torch.Tensor]:
+def run_alone(group: Group, op: str, cut: tuple[int, int], call_hashes: dict[int, int]) -> list[torch.Tensor]:
     """Only the ranks of `call_hashes` call."""
     case = Case(512, 256, 64, BF16, len(group.ranks), "alone")
     rows = {r: case.M if op == SUM else 256 for r in call_hashes}
@@ -205,15 +212,16 @@ def run_alone(group: Group, op: str, call_hashes: dict[int, int]) -> list[torch.
     ab = [tuple(x.cuda() for x in inputs.operands(case, r)) for r in range(len(group.ranks))]
     torch.cuda.synchronize()
     for caller, call_hash in call_hashes.items():
-        group.enqueue(caller, op, 256, *ab[caller], None, outs[caller], call_hash)
+        group.enqueue(caller, op, cut, *ab[caller], None, outs[caller], call_hash)
     torch.cuda.synchronize()
     return list(outs.values())
 
 
+@pytest.mark.parametrize("cut", SCHEDULES)
 @pytest.mark.parametrize(("op", "code"), [(SUM, 1), (SCATTER, 2)])
-def test_a_peer_that_never_comes_is_named_and_the_output_is_nan(op, code):
+def test_a_peer_that_never_comes_is_named_and_the_output_is_nan(op, code, cut):
     group = Group(2, timeout_s=0.1)
-    (out,) = run_alone(group, op, {1: 7})
+    (out,) = run_alone(group, op, cut, {1: 7})
     record = group.ranks[1].record
     assert out.isnan().all()
     assert [record[i] for i in (STATE, CODE, OP, RANK, PEER)] == [2, TIMEOUT, code, 1, 0]
@@ -221,28 +229,31 @@ def test_a_peer_that_never_comes_is_named_and_the_output_is_nan(op, code):
     assert group.ranks[1].control[FAILED] == 1
 
 
+@pytest.mark.parametrize("cut", SCHEDULES)
 @pytest.mark.parametrize("op", OPS)
-def test_a_failed_group_touches_no_peer_and_returns_nan_at_once(op):
+def test_a_failed_group_touches_no_peer_and_returns_nan_at_once(op, cut):
     group = Group(2, timeout_s=0.1)
-    run_alone(group, op, {0: 7})
+    run_alone(group, op, cut, {0: 7})
     peer = group.ranks[1].arena
     before = peer.clone()
-    (out,) = run_alone(group, op, {0: 7})
+    (out,) = run_alone(group, op, cut, {0: 7})
     assert out.isnan().all() and torch.equal(peer, before)
 
 
+@pytest.mark.parametrize("cut", SCHEDULES)
 @pytest.mark.parametrize("op", OPS)
-def test_ranks_that_call_different_things_are_named_and_store_no_sum(op):
+def test_ranks_that_call_different_things_are_named_and_store_no_sum(op, cut):
     group = Group(2)
-    outs = run_alone(group, op, {0: 7, 1: 8})
+    outs = run_alone(group, op, cut, {0: 7, 1: 8})
     record = group.ranks[0].record
     assert all(out.isnan().any() for out in outs)
     assert [record[i] for i in (STATE, CODE, PEER)] == [2, MISMATCH, 1]
 
 
+@pytest.mark.parametrize("cut", SCHEDULES)
 @pytest.mark.parametrize("op", OPS)
-def test_the_host_ends_a_wait(op):
+def test_the_host_ends_a_wait(op, cut):
     group = Group(2, timeout_s=0)
     group.ranks[0].record[ABORT] = 1
-    (out,) = run_alone(group, op, {0: 7})
+    (out,) = run_alone(group, op, cut, {0: 7})
     assert out.isnan().all() and group.ranks[0].record[CODE] == ABORTED

@@ -98,7 +98,7 @@ def test_no_fence_waits_for_memory_in_the_mainloop(compiled):
 def test_the_copy_engine_moves_all_data_and_pairs_share_b(compiled):
     kernels, _, file = compiled
     traced = [name for name in kernels if "Lb1E" in name]  # they store what they did, too; they serve nobody
-    assert len(traced) == (2 if file in COLLECTIVES else 0)
+    assert len(traced) == (3 if file in COLLECTIVES else 0)
     for name, code in kernels.items():
         if name in traced:
             continue
@@ -112,11 +112,18 @@ def test_the_copy_engine_moves_all_data_and_pairs_share_b(compiled):
 
 
 @pytest.fixture(scope="module", params=COLLECTIVES)
-def program(request, tmp_path_factory) -> list[str]:
-    """The PTX of a kernel that sums, bf16, by lines without labels and declarations."""
+def entries(request, tmp_path_factory) -> list[str]:
+    """The PTX of each kernel of a file that sums."""
     path = tmp_path_factory.mktemp(request.param) / "gemm.ptx"
     nvcc(request.param, "-ptx", "-o", str(path))
-    entry = path.read_text().split(".entry")[1]
+    return path.read_text().split(".entry")[1:]
+
+
+@pytest.fixture(params=[1, 2], ids=lambda stagings: f"{stagings} stagings")
+def program(request, entries) -> list[str]:
+    """One of them, of tiles of 128 columns, bf16, by lines without labels and declarations."""
+    shape = rf"Bf16ENS_15CollectiveShapeILi128ELi\dELi{request.param}ELi\dELb0E"
+    (entry,) = (entry for entry in entries if re.search(shape, entry.split("(")[0]))
     return [line.strip() for line in entry.splitlines() if line.strip().endswith(";")]
 
 

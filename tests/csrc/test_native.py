@@ -14,8 +14,10 @@ import torch
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import NativeLibraryError, TpOverlapError
 from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel as sentinel
+from tp_overlap_kernels.kernels import all_reduce_one_shot_sentinel_add_rms_norm as sentinel_norm
 from tp_overlap_kernels.kernels import gemm, gemm_collectives
 from tp_overlap_kernels.kernels import gemm_all_reduce_one_shot_sentinel as decode
+from tp_overlap_kernels.kernels import reduce_scatter_one_shot_sentinel as scatter
 
 HEADER = pathlib.Path(__file__).resolve().parents[2] / "csrc" / "api.h"
 needs_library = pytest.mark.skipif(
@@ -48,6 +50,8 @@ def test_python_and_header_name_the_same_abi():
     ("name", "mirror"),
     [
         ("TpoAllReduceArgs", sentinel._Args),
+        ("TpoAllReduceNormArgs", sentinel_norm._Args),
+        ("TpoReduceScatterArgs", scatter._Args),
         ("TpoGemmArgs", gemm.Args),
         ("TpoGemmCollectiveArgs", gemm_collectives._Args),
         ("TpoGemmAllReduceDecodeArgs", decode._Args),
@@ -147,3 +151,42 @@ def test_what_the_kernel_cannot_do_is_refused_before_any_launch(changes):
 @needs_library
 def test_an_empty_call_launches_nothing():
     launch(n_elems=0)
+
+
+def launch_scatter(part: int = 4, launched_ahead: int = 1, **changes: int) -> None:
+    right = {"x": 4096, "out": 4096, "n_elems": 8, "sentinel_bytes": 4096, "world_size": 2}
+    args = scatter._Args(sum=sentinel._Args(**(right | changes)), part=part, launched_ahead=launched_ahead)
+    native.check(native.library().tpo_reduce_scatter_one_shot_sentinel(ctypes.byref(args), None), "launch")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"part": 2049, "n_elems": 4097}, id="longer than a slot"),
+        pytest.param({"part": 3}, id="elements that nobody owns"),
+        pytest.param({"part": -1}, id="negative part"),
+        pytest.param({"n_elems": -1}, id="negative length"),
+        pytest.param({"dtype": 7}, id="unknown dtype"),
+        pytest.param({"world_size": 1}, id="nobody to send to"),
+        pytest.param({"world_size": 9}, id="more than 8 ranks"),
+        pytest.param({"rank": 2}, id="rank outside the group"),
+        pytest.param({"sentinel_bytes": 4088}, id="slot not of whole vectors"),
+    ],
+)
+def test_what_the_scatter_cannot_do_is_refused_before_any_launch(changes):
+    with pytest.raises(TpOverlapError, match="invalid argument"):
+        launch_scatter(**changes)
+
+
+@needs_library
+def test_an_empty_scatter_launches_nothing():
+    launch_scatter(n_elems=0, part=0)
+
+
+@needs_library
+@needs_no_gpu
+@pytest.mark.parametrize("launched_ahead", [0, 1])
+def test_a_scatter_that_is_right_comes_as_far_as_the_driver(launched_ahead):
+    with pytest.raises(TpOverlapError, match=r"launch: .*driver"):
+        launch_scatter(part=2048, n_elems=4096, launched_ahead=launched_ahead)

@@ -3,7 +3,7 @@
 import pytest
 
 from tp_overlap_kernels.dispatch.explain import explain_text
-from tp_overlap_kernels.dispatch.problem import Plan, Problem, Topology
+from tp_overlap_kernels.dispatch.problem import OPS, Plan, Problem, Topology
 from tp_overlap_kernels.dispatch.select import select
 from tp_overlap_kernels.dispatch.table import Entry, Table
 from tp_overlap_kernels.errors import InvalidInput
@@ -59,7 +59,7 @@ def test_a_forced_choice_says_so_and_an_impossible_one_raises_as_select_does():
         explain_text(problem, HERE, MEASURED, "one_shot")
 
 
-@pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter", "all_reduce"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("backend", ["cuda", "interp", "ref"])
 @pytest.mark.parametrize("table", [None, MEASURED], ids=["rule", "table"])
 def test_it_explains_what_select_chooses(op, backend, table):

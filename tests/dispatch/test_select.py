@@ -232,6 +232,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("unfused_one_shot", gemm(AR, 512), h200(one_shot_bytes=MIB), "exceeds the one-shot region"),
         ("unfused_sentinel", gemm(AR, 512), h200(), "exceeds the sentinel region of 1048576"),
         ("unfused_sentinel", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
+        ("unfused_sentinel", gemm(RS, 129), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
         ("decode", gemm(AR, 129), h200(sentinel_bytes=8 * MIB), "takes M <= 128, not 129"),
         ("decode", gemm(AR, 64, N=8193), h200(), "1064960 bytes exceeds the sentinel region of 1048576"),
         ("decode", gemm(AR, 1), h200(native=False), "the CUDA library is not loaded"),
@@ -241,6 +242,8 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
         ("sm90", gemm(RS, 4096, N=4100), h200(), "N must be a multiple of 8 for the copy engine, got 4100"),
         ("sm90", gemm(AR, 64), cpu("interp"), "no CPU twin"),
         ("sm90:block_n=64", gemm(AR, 64), h200(), "must be one of 128, 256, got 64"),
+        ("sm90:block_n=256,stagings=2", gemm(AR, 64), h200(), "stagings=1 with block_n=256, and for no more, got 2"),
+        ("sm90:stagings=3", gemm(AR, 64), h200(), "room for stagings=2 with block_n=128, and for no more, got 3"),
         ("sm90:block_n=256", gemm(AR, 64, N=520), h200(staged_bytes=5 * 65536), "max_M=512 and max_N=768 has"),
         ("chunked", gemm(AR, 8192, world_size=4), h200(4), "world_size=2, not 4"),
         ("chunked", gemm(RS, 8192, world_size=8), h200(8), "world_size=2, not 8"),
@@ -279,7 +282,8 @@ def test_a_forced_plan_is_taken_over_table_and_rule():
 )
 def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, lead):
     plan = select(problem, h200(problem.world_size), forced="sm90")
-    assert (plan["block_n"], plan["lead"], plan["group_m"]) == (128, lead, 8)
+    assert (plan["block_n"], plan["lead"], plan["group_m"], plan["stagings"]) == (128, lead, 8, 1)
+    assert plan == select(problem, h200(problem.world_size), forced="sm90:stagings=1")  # and so has the same call hash
 
 
 def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():

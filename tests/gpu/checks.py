@@ -29,7 +29,7 @@ GEMM_PLANS = (
     "unfused_sentinel",
     "unfused_nccl",
 )
-SCATTER_PLANS = ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_nccl")
+SCATTER_PLANS = ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_sentinel", "unfused_nccl")
 SUM_PLANS = ("one_shot", "two_shot", "sentinel", "nccl")
 OWNER_F32 = ("two_shot", "push")  # chunked: cuBLAS may round the owner's product before it adds
 

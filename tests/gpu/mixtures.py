@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import tp_overlap_kernels as tpo
 from tests.cases import BF16, FP16, Case
-from tests.ops.calls import Call, group_name, in_other_strides, invoke, operands
+from tests.ops.calls import CPU_PLANS, Call, group_name, in_other_strides, invoke, operands
 from tests.ops.judge import judge
 from tp_overlap_kernels.dispatch import Plan, Problem
 from tp_overlap_kernels.dispatch.problem import PLAN_NAMES
@@ -45,7 +45,7 @@ def mixture(world_size: int, seed: int, count: int, capturable: bool = False) ->
     """Calls of every op, plan, dtype and form in random order; ranks are late now and then."""
     choose, calls = random.Random(seed), []
     for number in range(count):
-        op = choose.choice(list(PLAN_NAMES))
+        op = choose.choice(list(CPU_PLANS))
         M, N, K = (choose.choice(some) for some in SIZES)
         sizes = (1, N * choose.choice([1, 40, 400]), 0) if op == "all_reduce" else (M, N, K)
         late = choose.randrange(world_size) if choose.random() < 0.1 else None

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
-MODULES = ("checks", "mixtures", "values", "peers", "words")
+MODULES = ("checks", "mixtures", "values", "peers", "words", "norms")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(280),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import tp_overlap_kernels as tpo
+from tests.integrations.surroundings import heard
 from tp_overlap_kernels.layers import counters, routing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders: nothing is looked up, or reported, elsewhere
@@ -113,23 +113,6 @@ def watch(model: Any) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
                 lambda _, inputs, output, name=name: rows.append((name, inputs[0].clone(), output.clone()))
             )
     return rows
-
-
-@contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
-    """What the package logs meanwhile."""
-    texts: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("tp_overlap_kernels")
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield texts
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
 
 
 def quiet() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import tp_overlap_kernels as tpo
-from tp_overlap_kernels.config import settings
-from tp_overlap_kernels.errors import InvalidInput, UnsupportedTopology
+from tests.integrations.surroundings import environment, integers, no_arena
+from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.integrations import adoption
 from tp_overlap_kernels.layers import counters, routing
 
@@ -46,16 +46,8 @@ class Case:
         return self.why
 
 
-def integers(shape: tuple[int, ...], low: int, high: int, seed: int) -> torch.Tensor:
-    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed)).double()
-
-
 def whole(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return integers((2, ROWS, case.K), -2, 2, 1), integers((N, case.K), -2, 2, 2), integers((N,), -8, 8, 3)
-
-
-def cannot(*_: Any, **__: Any) -> None:
-    raise UnsupportedTopology("init: this machine cannot.")
 
 
 def run(rank: int, world_size: int, case: Case) -> tuple[Any, dict[str, int]]:
@@ -72,27 +64,22 @@ def run(rank: int, world_size: int, case: Case) -> tuple[Any, dict[str, int]]:
     layer.load_state_dict({"weight": weight} | ({"bias": bias} if case.bias else {}))
     mesh = init_device_mesh("cpu", (world_size,))
     routing.reset_counters()
-    os.environ["TP_OVERLAP"] = case.overlap
-    settings.cache_clear()
-    init, adoption.init = adoption.init, cannot if case.no_arena else adoption.init
-    try:
-        style = OverlapRowwise(
-            input_layouts=placement[case.inputs],
-            output_layouts=placement[case.outputs],
-            max_tokens=64,
-            required=case.required,
-        )
-        model = parallelize_module(nn.Sequential(layer), mesh, {"0": style})
-        part = distribute_tensor(x.to(case.dtype), mesh, [placement[case.inputs]]).to_local()
-        with torch.set_grad_enabled(case.grad):
-            return model(part).detach().clone(), counters()  # a copy: torch gives what may be under way
-    except InvalidInput as error:
-        return str(error), counters()
-    finally:
-        adoption.init = init
-        tpo.close()
-        del os.environ["TP_OVERLAP"]
-        settings.cache_clear()
+    with environment(case.overlap), no_arena() if case.no_arena else contextlib.nullcontext():
+        try:
+            style = OverlapRowwise(
+                input_layouts=placement[case.inputs],
+                output_layouts=placement[case.outputs],
+                max_tokens=64,
+                required=case.required,
+            )
+            model = parallelize_module(nn.Sequential(layer), mesh, {"0": style})
+            part = distribute_tensor(x.to(case.dtype), mesh, [placement[case.inputs]]).to_local()
+            with torch.set_grad_enabled(case.grad):
+                return model(part).detach().clone(), counters()  # a copy: torch gives what may be under way
+        except InvalidInput as error:
+            return str(error), counters()
+        finally:
+            tpo.close()
 
 
 def group_of_one(rank: int, world_size: int) -> tuple[str, dict[str, int]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from tests.integrations import loaded
 from tests.integrations.judged import check_rows
 from tests.integrations.loaded import Load
-from tp_overlap_kernels.config import settings
+from tests.integrations.surroundings import environment, heard
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.layers import counters
 
@@ -72,7 +69,7 @@ class Call:
 
 def call(rank: int, world_size: int, asked: Call) -> tuple[Any, dict[str, int], list[str]]:
     """(logits, or the text of an InvalidInput; what was counted; what was logged)."""
-    with environment(asked.environment), loaded.heard() as log:
+    with environment(asked.environment), heard() as log:
         try:
             with loaded.parts(world_size, asked.load) as model, torch.set_grad_enabled(asked.grad):
                 for name, module in model.named_modules():
@@ -118,17 +115,6 @@ def no_rows(rank: int, world_size: int, load: Load) -> tuple[torch.Size, dict[st
     with loaded.parts(world_size, load) as model, torch.inference_mode():
         module = model.model.layers[0].mlp.down_proj
         return module(torch.zeros(2, 0, 144 // world_size, dtype=torch.bfloat16)).shape, counters()
-
-
-@contextlib.contextmanager
-def environment(overlap: str) -> Iterator[None]:
-    os.environ["TP_OVERLAP"] = overlap
-    settings.cache_clear()
-    try:
-        yield
-    finally:
-        del os.environ["TP_OVERLAP"]
-        settings.cache_clear()
 
 
 # ---- tests

@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from tests import ptx
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
 from tp_overlap_kernels.memory.layout import layout
-from tp_overlap_kernels.ops import chunked, launches
+from tp_overlap_kernels.ops import chunked, launches, norm_launches
+from tp_overlap_kernels.ops.norm import Norm
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -60,6 +61,8 @@ def _type_of(arg: Any) -> tuple[str, bool]:
         return f"tensordesc<{names[arg.base.dtype]}[{arg.block_shape[0]},{arg.block_shape[1]}]>", False
     if isinstance(arg, torch.Tensor):
         return "*" + names[arg.dtype], arg.data_ptr() % 16 == 0
+    if isinstance(arg, float):
+        return "fp32", False
     return ("i32" if -(2**31) <= arg < 2**31 else "i64"), False
 
 
@@ -142,6 +145,18 @@ def copying(which: str, n: int, world_size: int = 2, dtype: torch.dtype = BF16) 
         else:
             run = {"one_shot": launches.all_reduce_one_shot, "two_shot": launches.all_reduce_two_shot}[which]
             run(room, Plan(which), empty(n, dtype=dtype), empty(n, dtype=dtype), 12345)
+    return made[0]
+
+
+def norming(H: int, world_size: int, dtype: torch.dtype = BF16) -> Launched:
+    """The launch of sum and norm in one, on one row; of the norm alone with one rank."""
+    room, (x, residual, y, new_residual) = arena(world_size), (empty(1, H, dtype=dtype) for _ in range(4))
+    norm = Norm(residual, empty(H, dtype=dtype), 1e-5, y, new_residual)
+    with recording() as made:
+        if world_size == 1:
+            norm_launches.add_rms_norm(room, x, norm)
+        else:
+            norm_launches.all_reduce_add_rms_norm(room, x, norm, 12345)
     return made[0]
 
 

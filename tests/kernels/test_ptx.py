@@ -11,7 +11,7 @@ import pytest
 import triton
 
 from tests.kernels import gates, ir_gates
-from tests.kernels.launched import BF16, FP16, Launched, copying, empty, gemm, signalling
+from tests.kernels.launched import BF16, FP16, Launched, copying, empty, gemm, norming, signalling
 from tp_overlap_kernels.dispatch.table import TABLES, parse
 from tp_overlap_kernels.kernels import stream_signals
 from tp_overlap_kernels.ops import launches
@@ -56,6 +56,17 @@ COPIES = [
     ("push", 1 << 18, 2),
     ("push", 1 << 25, 2),
     ("push", 1 << 25, 8),
+]
+# H, world size, dtype: of the smallest block, of models, of more than a block; odd
+NORMS = [
+    (1024, 2, BF16),
+    (4096, 8, BF16),
+    (5120, 4, FP16),
+    (8192, 2, BF16),
+    (8192, 8, BF16),
+    (32768, 4, BF16),
+    (8192, 1, BF16),
+    (32768, 1, FP16),
 ]
 SIGNALS = {
     "spoil_call": lambda call: launches.spoil(call.arena, empty(64, 64)),
@@ -143,6 +154,32 @@ def test_kernels_that_copy(row):
     gates.no_spills(compiled, ADDRESSES_BYTES)
     gates.fits_an_sm(compiled)
     gates.waits_for_the_kernel_before(compiled.asm["ptx"])
+
+
+# --- kernels that norm
+
+
+@pytest.mark.parametrize("row", NORMS, ids=str)
+def test_kernels_that_norm(row):
+    compiled = norming(*row).compile()
+    text = compiled.asm["ptx"]
+    gates.plain_loads(compiled)
+    gates.sixteen_byte_accesses(text)
+    gates.no_spills(compiled, ADDRESSES_BYTES)
+    gates.fits_an_sm(compiled)
+    gates.waits_for_the_kernel_before(text)
+    gates.no_multicast(text)
+    if row[1] > 1:
+        check_signals(compiled)
+        gates.addresses_in_64_bits(compiled)
+
+
+def test_rows_of_any_width_norm():
+    """No alignment is claimed where there is none."""
+    for world_size in (1, 2):
+        compiled = norming(1003, world_size).compile()
+        gates.no_spills(compiled)
+        assert not gates.count(compiled.asm["ptx"], r"st\.global\.v4"), "16-byte stores to rows of 2006 bytes"
 
 
 # --- what the tables name, the runners-up too: one of them runs where the first cannot

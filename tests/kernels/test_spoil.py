@@ -15,8 +15,9 @@ from tp_overlap_kernels.lang.launch import Launch
 from tp_overlap_kernels.memory.arena import heap_of
 from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.memory.record import Record
-from tp_overlap_kernels.ops import launches
+from tp_overlap_kernels.ops import launches, norm_launches
 from tp_overlap_kernels.ops.chunked import _Call
+from tp_overlap_kernels.ops.norm import Norm
 
 W, EPOCH, HASH = 2, 1, 4321
 WORD = EPOCH << 16 | HASH
@@ -88,6 +89,13 @@ def rows_of_a_sum(room):
     return out
 
 
+def sum_and_norm(room):
+    results = zeros(room, 2, 4, N)  # y and new_residual
+    norm = Norm(zeros(room, 4, N), zeros(room, N), 1e-5, *results)
+    norm_launches.all_reduce_add_rms_norm(room, torch.ones_like(results[0]), norm, HASH)
+    return results
+
+
 TILES, OWN_TILES = M // BLOCK_M, M // BLOCK_M // W
 # what runs, and the slot that is missing: pad, index; kernels that copy make two blocks of what they get
 KERNELS = {
@@ -110,6 +118,10 @@ KERNELS = {
     "all_reduce_one_shot": (
         a_sum(launches.all_reduce_one_shot, "one_shot"),
         lambda room: (room.one_shot_flags + 8 * room.one_shot_tiles * W * (EPOCH & 1), 3),
+    ),
+    "all_reduce_add_rms_norm": (
+        sum_and_norm,
+        lambda room: (room.one_shot_flags + 8 * room.one_shot_tiles * W * (EPOCH & 1), 3 * W + 1),
     ),
     "all_reduce_two_shot": (
         a_sum(launches.all_reduce_two_shot, "two_shot"),

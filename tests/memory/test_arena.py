@@ -73,6 +73,23 @@ def weigh(rank, world_size):
     return result
 
 
+def test_the_default_device_of_the_caller_does_not_matter(ranks):
+    for device, output in ranks(2).run(under_another_default):
+        assert device == "cpu" and output == [[4.0] * 3] * 2
+
+
+def under_another_default(rank, world_size):
+    """As an engine that builds its model under torch.device(...): meta cannot even be written to."""
+    tpo.close()
+    with torch.device("meta"):
+        info = tpo.init(max_M=16, max_N=16)
+    a, b = torch.ones(2, 2, dtype=BF16), torch.ones(3, 2, dtype=BF16)
+    output = torch.ops.tp_overlap.gemm_all_reduce(a, b, info.group_name)
+    device = arenas.get(info.group_name).control.device.type
+    tpo.close()
+    return device, output.tolist()
+
+
 def test_eighty_layers_take_the_memory_of_one(ranks):
     for first, last, outputs in ranks(2).run(many_layers, 80):
         assert first == last, "bytes of symmetric memory, files, descriptors"

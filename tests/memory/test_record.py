@@ -8,6 +8,7 @@ import torch
 import tp_overlap_kernels as tpo
 from tp_overlap_kernels.kernels import (
     all_reduce_one_shot_push,
+    all_reduce_one_shot_push_add_rms_norm,
     all_reduce_two_shot_push,
     gemm_all_reduce_one_shot_push,
     gemm_all_reduce_two_shot_push,
@@ -79,6 +80,7 @@ def test_the_numbers_are_those_of_the_kernels():
         reduce_scatter_push: "gemm_reduce_scatter",
         all_reduce_one_shot_push: "all_reduce",
         all_reduce_two_shot_push: "all_reduce",
+        all_reduce_one_shot_push_add_rms_norm: "all_reduce_add_rms_norm",
     }
     for module, op in kernels.items():
         assert module.OP.value == op_code(op), module.__name__

@@ -15,7 +15,18 @@ from tp_overlap_kernels import errors
 from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.lang.launch import Launch
 from tp_overlap_kernels.memory import arena as arenas
-from tp_overlap_kernels.ops import all_reduce, checks, gemm_all_reduce, gemm_reduce_scatter, launches, prepared
+from tp_overlap_kernels.ops import (
+    all_reduce,
+    all_reduce_add_rms_norm,
+    checks,
+    gemm_all_reduce,
+    gemm_all_reduce_add_rms_norm,
+    gemm_reduce_scatter,
+    launches,
+    norm_launches,
+    prepared,
+    scatter_sentinel,
+)
 
 PARAMS = "block_m=16,block_n=64,block_k=64,num_stages=3,num_warps=4,group_m=8"
 M, N, K = 24, 96, 64
@@ -59,7 +70,8 @@ class _Fused:
         monkeypatch.setattr(triton.runtime.driver, "_active", fake_driver.Driver())
         monkeypatch.setattr(launches, "Launch", self._launch)
         monkeypatch.setattr(all_reduce, "stream_of", lambda index: fake_driver.STREAM)
-        self.sentinel = arena.cache["sentinel"] = _Sentinel()
+        monkeypatch.setattr(scatter_sentinel, "stream_of", lambda index: fake_driver.STREAM)
+        self.sentinel = arena.cache["sentinel"] = arena.cache["scatter sentinel"] = _Sentinel()
 
     def _launch(self, kernel, meta, on_cpu):
         self.made.append(_FakeLaunch(kernel, meta))
@@ -180,12 +192,57 @@ def test_a_known_all_reduce_of_strided_input_reads_a_copy(fused):
         assert fused.sentinel.calls[-1][0] != x.data_ptr()
 
 
+NORMS = [(all_reduce_add_rms_norm, "one_shot_norm"), (gemm_all_reduce_add_rms_norm, "unfused_one_shot_norm")]
+
+
+@pytest.mark.parametrize(("module", "plan"), NORMS, ids=[plan for _, plan in NORMS])
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in place"])
+def test_a_known_call_with_a_norm(fused, monkeypatch, module, plan, in_place):
+    """Launched once the ordinary way; again with the addresses of its own tensors."""
+    fused.plan(module, plan)
+    ordinary, ops, kept = [], torch.ops.tp_overlap, []
+    counted = functools.partial(_counted, norm_launches.all_reduce_add_rms_norm, ordinary)
+    monkeypatch.setattr(norm_launches, "all_reduce_add_rms_norm", counted)
+    for _ in range(3):
+        given = _inputs() if module is gemm_all_reduce_add_rms_norm else (torch.zeros(M, N, dtype=torch.bfloat16),)
+        residual, weight = torch.zeros(M, N, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.bfloat16)
+        if in_place:
+            y = torch.zeros(M, N, dtype=torch.bfloat16) if len(given) == 2 else given[0]
+            results = y, residual
+            getattr(ops, module.OP + "_out")(*given, residual, weight, 1e-5, "local", *results)
+        else:
+            results = getattr(ops, module.OP)(*given, residual, weight, 1e-5, "local")
+        x = results[0] if len(given) == 2 else given[0]
+        addresses = [tensor.data_ptr() for tensor in (x, residual, weight, *results)]
+        assert fused.calls[-1][:5] == addresses and 1e-5 in fused.calls[-1]
+        kept.append((given, residual, weight, results))  # so that every call has addresses of its own
+    assert fused.planned == len(ordinary) == 1 and len(fused.calls) == 3
+
+
+@pytest.mark.parametrize("which", range(5), ids=["x", "residual", "weight", "y", "new_residual"])
+def test_a_call_with_a_norm_never_sees_odd_addresses(fused, which):
+    """Known or not: else the order in which squares are added would depend on where a rank's tensors lie."""
+    fused.plan(all_reduce_add_rms_norm, "one_shot_norm")
+    for offset in (1, 0, 0, 1, 3):
+        shapes, tensors = [(M, N), (M, N), (N,), (M, N), (M, N)], []
+        for i, shape in enumerate(shapes):
+            memory = torch.ones(torch.Size(shape).numel() + 8, dtype=torch.bfloat16)
+            first = offset if i == which else 0
+            tensors.append(memory[first : first + torch.Size(shape).numel()].view(shape))
+        *given, y, new_residual = tensors
+        torch.ops.tp_overlap.all_reduce_add_rms_norm_out(*given, 1e-5, "local", y, new_residual)
+        launched, own = fused.calls[-1][:5], [tensor.data_ptr() for tensor in tensors]
+        assert not any(address % 16 for address in launched)
+        assert [i for i in range(5) if launched[i] != own[i]] == [which] * (offset > 0)
+
+
 UNFUSED = [(gemm_all_reduce, "unfused_one_shot"), (gemm_all_reduce, "unfused_two_shot")]
 UNFUSED += [(gemm_all_reduce, "unfused_sentinel"), (gemm_reduce_scatter, "unfused_push")]
-UNFUSED_IDS = [plan for _, plan in UNFUSED]
+UNFUSED += [(gemm_reduce_scatter, "unfused_sentinel")]
+UNFUSED_IDS = [f"{module.OP}-{plan}" for module, plan in UNFUSED]
 
 
-@pytest.mark.parametrize(("module", "plan"), UNFUSED[:2] + UNFUSED[3:], ids=UNFUSED_IDS[:2] + UNFUSED_IDS[3:])
+@pytest.mark.parametrize(("module", "plan"), [*UNFUSED[:2], UNFUSED[3]], ids=[*UNFUSED_IDS[:2], UNFUSED_IDS[3]])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_the_launch_behind_a_product_is_had_again(fused, monkeypatch, module, plan, with_bias):
     fused.plan(module, plan)
@@ -221,6 +278,17 @@ def test_another_call_hash_is_another_launch(fused, monkeypatch, module, plan):
     op(*_inputs(), "local")
     values = fused.sentinel.calls[-1] if plan == "unfused_sentinel" else fused.calls[-1]
     assert 8 in values and 7 not in values
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_a_known_scatter_without_flags(fused, with_bias):
+    fused.plan(gemm_reduce_scatter, "unfused_sentinel")
+    bias = torch.zeros(N, dtype=torch.bfloat16) if with_bias else None
+    for _ in range(3):
+        out = torch.ops.tp_overlap.gemm_reduce_scatter(*_inputs(), "local", bias)
+        x_ptr, *others = fused.sentinel.calls[-1]
+        assert others == [out.data_ptr(), M * N, M * N, 0, 7, fake_driver.STREAM] and x_ptr != out.data_ptr()
+    assert fused.planned == 1
 
 
 def _warm(op="gemm_all_reduce", **kinds):

@@ -13,7 +13,8 @@ import torch
 import tp_overlap_kernels as tpo
 from tests.cases import BF16, Case
 from tests.dist import RankPool, barrier
-from tests.ops.calls import Call, Setup, invoke, operands, prepare_arena
+from tests.ops import calls, norms
+from tests.ops.calls import Call, Setup, prepare_arena
 from tp_overlap_kernels.lang.launch import Launch
 
 PLANS = [
@@ -24,8 +25,9 @@ PLANS = [
     ("gemm_reduce_scatter", "unfused_push"),
     ("all_reduce", "one_shot"),
     ("all_reduce", "two_shot"),
+    (norms.SUM, "one_shot_norm"),
 ]
-STAGED = [row for row in PLANS if row[1] != "one_shot"]  # they wait for `done` before they send
+STAGED = [row for row in PLANS if "one_shot" not in row[1]]  # they wait for `done` before they send
 TIMEOUT_S = 0.3
 REPLAYS = 3
 
@@ -52,7 +54,12 @@ def fail_and_replay(rank, world_size, op, plan, still_reading):
     """Regions of rank 1's arena that rank 0 has changed though it had failed."""
     arena = prepare_arena(Setup("interp", max_M=64, max_N=128))
     arena.timeout_s = TIMEOUT_S
-    call = Call(op, Case(1, 300, 0, BF16, 2, "") if op == "all_reduce" else Case(40, 72, 24, BF16, 2, ""))
+    call, module = (
+        Call(op, Case(1, 300, 0, BF16, 2, "") if op == "all_reduce" else Case(40, 72, 24, BF16, 2, "")),
+        calls,
+    )
+    if op == norms.SUM:
+        call, module = norms.call_of(op, Case(4, 72, 0, BF16, 2, "")), norms
     launched = []
 
     def remembered(launch, grid, *args):
@@ -63,7 +70,7 @@ def fail_and_replay(rank, world_size, op, plan, still_reading):
     with tpo.cpu_backend("interp"), tpo.force_plan(plan), torch.inference_mode():
         barrier()
         with mock.patch.object(Launch, "__call__", remembered):
-            invoke(call, operands(call, rank), rank)
+            module.invoke(call, module.operands(call, rank), rank)
         barrier()
         if rank == 0:
             launch, grid, args = launched[-1]

@@ -5,16 +5,15 @@ import torch
 
 import tp_overlap_kernels as tpo
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
-from tp_overlap_kernels.dispatch.select import TILE_COLUMNS_SM90, rows_of_whole_tiles, why_not
+from tp_overlap_kernels.dispatch.select import STAGINGS_SM90, rows_of_whole_tiles, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
-from tp_overlap_kernels.kernels.gemm import SMALL
-from tp_overlap_kernels.kernels.gemm_collectives import TILE_BYTES, TRACE_WORDS
+from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
 from tp_overlap_kernels.memory import arena as arenas
 from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5")
+PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2")
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
 NAMES = (
     "a",
@@ -70,7 +69,8 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     a, b = inputs(dtype)
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
-    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SMALL, "group_rows": 8, "lead": 5}
+    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SCHEDULES[128, 2]}
+    expected |= {"group_rows": 8, "lead": 5}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "stream": 77}
     for _ in range(3):  # the second and the third are known
         out = kernel.op(a, b, "local", bias)
@@ -116,7 +116,7 @@ def test_calls_are_traced_while_the_context_lasts():
     arena.cache["gemm_all_reduce"] = type("Launcher", (), {"trace": lambda self, *of: told.append(of)})()
     with pytest.raises(ZeroDivisionError), sm90.traced(arena, "gemm_all_reduce", 5) as trace:
         assert told == [(trace.data_ptr(), 5)] and not trace.any()
-        assert trace.shape == (arena.programs, 3, 5, TRACE_WORDS) and trace.dtype == torch.int32
+        assert trace.shape == (arena.programs, len(TRACE_ROLES), 5, TRACE_WORDS) and trace.dtype == torch.int32
         raise ZeroDivisionError
     assert told[1:] == [(0, 0)]
     tpo.close()
@@ -126,9 +126,15 @@ def on_h200(W: int, **limits) -> Topology:
     return Topology("NVIDIA H200", "cuda", W, native=True, **limits)
 
 
+def test_dispatch_knows_which_kernels_there_are():
+    assert set(SCHEDULES) == {(cols, stagings) for cols, all_ in STAGINGS_SM90.items() for stagings in all_}
+    assert len({schedule.code for schedule in SCHEDULES.values()}) == len(SCHEDULES)
+    assert all(schedule.cols == cols for (cols, _), schedule in SCHEDULES.items())
+
+
 @pytest.mark.parametrize("W", [2, 3, 4, 8])
 @pytest.mark.parametrize(("max_M", "max_N"), [(8192, 8192), (2048, 4096), (4099, 1032)])
-@pytest.mark.parametrize("cols", TILE_COLUMNS_SM90)
+@pytest.mark.parametrize("cols", STAGINGS_SM90)
 def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M, max_N, cols):
     room = layout(max_M, max_N, 2, W)
     rows = rows_of_whole_tiles(max_N, cols, on_h200(W, **room.limits()))

@@ -17,7 +17,9 @@ import tp_overlap_kernels as tpo
 from tests.cases import BF16, FP16, Case
 from tests.dist import barrier
 from tests.ops import calls as rank_side
+from tests.ops import norms
 from tests.ops.calls import CPU_PLANS, Call, Setup, cpu_plans
+from tests.ops.norms import NormCall
 from tests.order.replay import Found, replay
 from tests.order.trace import tracing
 from tp_overlap_kernels import kernels
@@ -39,8 +41,10 @@ MOVERS = {
     ("gemm_reduce_scatter", "unfused_push"): "reduce_scatter_push",
     ("all_reduce", "one_shot"): "all_reduce_one_shot_push",
     ("all_reduce", "two_shot"): "all_reduce_two_shot_push",
+    (norms.SUM, "one_shot_norm"): "all_reduce_one_shot_push_add_rms_norm",
 }
-PLANS = [(op, plan, W) for op, plan in MOVERS for W in (2, 3, 4) if plan in cpu_plans(op, W)]
+WORLDS = {"chunked": (2,), "one_shot_norm": (2, 3)}  # which exchanges as one_shot does
+PLANS = [(op, plan, W) for op, plan in MOVERS for W in WORLDS.get(plan, (2, 3, 4))]
 
 # (M, N, most programs of a grid) of each call, by the number of ranks
 SEQUENCES = {
@@ -63,7 +67,8 @@ def owner_of_nothing(world_size: int) -> int:
 def trace_calls(rank, world_size, calls, programs, broken=None):
     """The log of one rank. broken: a key of BROKEN."""
     arena = rank_side.prepare_arena(Setup(**CAPACITY))
-    prepared = [rank_side.operands(call, rank) for call in calls]
+    made_by = [norms if isinstance(call, NormCall) else rank_side for call in calls]
+    prepared = [module.operands(call, rank) for module, call in zip(made_by, calls, strict=True)]
     damage = contextlib.nullcontext()
     if broken:
         word, stand_in = BROKEN[broken]
@@ -71,27 +76,30 @@ def trace_calls(rank, world_size, calls, programs, broken=None):
     try:
         with tpo.cpu_backend("interp"), torch.inference_mode(), damage, tracing(arena) as trace:
             barrier()
-            for call, tensors, arena.programs in zip(calls, prepared, programs, strict=True):
+            for module, call, tensors, arena.programs in zip(made_by, calls, prepared, programs, strict=True):
                 with tpo.force_plan(call.plan):
-                    rank_side.invoke(call, tensors, rank)
+                    module.invoke(call, tensors, rank)
             barrier()
     finally:
         arena.programs = PROGRAMS
     return trace.events
 
 
-def find_races(ranks, calls: list[Call], programs: list[int], broken: str | None = None) -> Found:
+def find_races(ranks, calls: list[Call | NormCall], programs: list[int], broken: str | None = None) -> Found:
     world_size = calls[0].case.world_size
     logs = ranks(world_size).run(trace_calls, calls, programs, broken)
     return replay(logs, layout(**CAPACITY, itemsize=2, world_size=world_size))
 
 
-def call_of(op: str, plan: str, M: int, N: int, world_size: int, number: int, dtype: torch.dtype = BF16) -> Call:
+def call_of(op: str, plan: str, M: int, N: int, world_size: int, number: int, dtype: torch.dtype = BF16):
+    if op == norms.SUM:
+        M, N = -(-M // 16), 8 * N  # a tile a row: as many as the other kernels have
+        return norms.call_of(op, Case(M, N, 0, dtype, world_size, ""), number=number, plan=plan)
     sizes = (1, M * N, 0) if op == "all_reduce" else (M, N, 8)
     return Call(op, Case(*sizes, dtype, world_size, ""), number=number, plan=plan)
 
 
-def sequence(name: str, op: str, plan: str, world_size: int) -> tuple[list[Call], list[int]]:
+def sequence(name: str, op: str, plan: str, world_size: int) -> tuple[list[Call | NormCall], list[int]]:
     rows = SEQUENCES[name](world_size)
     return [call_of(op, plan, M, N, world_size, i) for i, (M, N, _) in enumerate(rows)], [row[2] for row in rows]
 
@@ -125,8 +133,8 @@ def test_any_plan_after_any_other(ranks, world_size, seed):
     choose = random.Random(seed)
     calls, programs = [], []
     for number in range(60 // world_size):
-        op = choose.choice(list(CPU_PLANS))
-        plan = choose.choice(cpu_plans(op, world_size))
+        op = choose.choice([*CPU_PLANS, norms.SUM])
+        plan = choose.choice(cpu_plans(op, world_size) if op in CPU_PLANS else norms.CPU_PLANS[op])
         M, N = choose.choice([0, 1, 2, 3, 5, 33, 70]), choose.choice([8, 24, 41, 72])
         calls.append(call_of(op, plan, M, N, world_size, number, choose.choice([BF16, FP16])))
         programs.append(choose.choice([1, 2, 3, 4]))
@@ -139,7 +147,7 @@ def test_reuse_after_each_other_plan(ranks, op, plan, world_size):
     """Between two uses of one half, and of staging, lies one call of each kind: it must bring what the reuse needs."""
     calls = []
     for other_op, other in MOVERS:
-        if other in cpu_plans(other_op, world_size):
+        if (other_op, other, world_size) in PLANS:
             calls.append(call_of(op, plan, 40, 24, world_size, len(calls)))
             calls.append(call_of(other_op, other, 8, 24, world_size, len(calls)))
     calls.append(call_of(op, plan, 40, 24, world_size, len(calls)))
@@ -150,7 +158,7 @@ def test_every_kernel_is_traced():
     """A new kernel belongs in MOVERS."""
     folder = pathlib.Path(kernels.__path__[0])
     written_in_triton = {path.stem for path in folder.glob("*.py") if "@triton.jit" in path.read_text()}
-    files = written_in_triton - {"stream_signals"}  # the chunked plan's; the others launch CUDA
+    files = written_in_triton - {"stream_signals", "add_rms_norm"}  # the chunked plan's; no rank but its own
     assert files == set(MOVERS.values()) - {"torch"}
 
 

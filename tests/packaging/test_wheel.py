@@ -73,6 +73,9 @@ def test_a_wheel_without_nvcc_holds_every_module_and_table(tree):
     assert "tp_overlap_kernels/py.typed" in held
     assert not [name for name in held if name.startswith(("tests/", "csrc/", "bench/", "scripts/"))]
     assert any(name.endswith("licenses/LICENSE") for name in held)
+    (points,) = (wheel.read(name).decode() for name in held if name.endswith("entry_points.txt"))
+    named = [line.split(" = ")[1].split(":")[0] for line in points.splitlines() if " = " in line]
+    assert named and all(name.replace(".", "/") + ".py" in held for name in named), "what engines load is there"
 
 
 @needs_nvcc

@@ -17,9 +17,8 @@ import torch
 
 import tp_overlap_kernels as tpo
 from tests import inputs
-from tests.ops.calls import group_name
+from tests.ops.calls import CPU_PLANS, group_name
 from tests.proof import ranks
-from tp_overlap_kernels.dispatch.problem import PLAN_NAMES
 
 STEP = 40503  # odd: successive calls read far apart, and none twice in a power of two of calls
 ALIGNED_ELEMS = 8  # offsets are multiples of 16 bytes
@@ -78,9 +77,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def rows(sizes: Sizes, with_nccl: bool = False) -> list[Row]:
-    """Every op, plan and size that this group can run."""
+    """Every op with one result, every plan and size that this group can run."""
     made = []
-    for op in PLAN_NAMES:
+    for op in CPU_PLANS:
         for size in sizes.sums if op == "all_reduce" else sizes.gemms:
             M, N, K = (1, size, 0) if isinstance(size, int) else size
             for dtype in DTYPES if size in sizes.in_fp16 else DTYPES[:1]:

@@ -47,6 +47,8 @@ class Checked:
 def run(machine: ranks.Machine, tools: tuple[str, ...], limit_s: float, sanitizer: str = SANITIZER) -> Found:
     """All tools at once, each bounded."""
     begun = time.monotonic()
+    if shutil.which(sanitizer) is None:
+        return Found(failures=[f"there is no {sanitizer}: nothing was checked"])
     plain = [failure for one in _ranks(machine, NO_TOOL, limit_s, sanitizer) for failure in judge(one)[1]]
     if plain:
         return Found(counts={"processes": machine.world_size}, failures=plain)
@@ -100,10 +102,7 @@ def _ranks(machine: ranks.Machine, tool: str, limit_s: float, sanitizer: str) ->
             python = (sys.executable, "-m", "tests.proof.sanitizer", *arguments)
             command = [*python] if tool == NO_TOOL else [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), *python]
             with file.open("w") as output:
-                try:
-                    processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env))
-                except OSError as reason:
-                    return [Checked(tool, rank, -1, f"{sanitizer}: {reason}")]
+                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env))
         deadline = time.monotonic() + limit_s
         codes: list[int | None] = []
         for process in processes:

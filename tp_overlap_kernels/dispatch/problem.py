@@ -16,7 +16,7 @@ PITCH_ELEMS = 16  # rows of partials in the arena start at multiples of this man
 
 # Every plan there is, by operator, the preferred ones first where nothing else decides.
 # "local" (one rank, nothing to send) and "ref" (CPU reference) belong to all operators and stand in _ANYWHERE.
-PLAN_NAMES = {
+_SUMS = {
     "gemm_all_reduce": (
         "two_shot",
         "one_shot",
@@ -28,8 +28,24 @@ PLAN_NAMES = {
         "unfused_sentinel",
         "unfused_nccl",
     ),
-    "gemm_reduce_scatter": ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_nccl"),
+    "gemm_reduce_scatter": (
+        "push",
+        "one_shot",
+        "sm90",
+        "chunked",
+        "unfused_push",
+        "unfused_sentinel",
+        "unfused_nccl",
+    ),
     "all_reduce": ("two_shot", "one_shot", "sentinel", "nccl"),
+}
+# An op with a norm has every plan of its sum, with the norm as a launch behind it, and such as sum and norm in one
+# launch (`*_norm`).
+SUM_OF = {"gemm_all_reduce_add_rms_norm": "gemm_all_reduce", "all_reduce_add_rms_norm": "all_reduce"}
+PLAN_NAMES = {
+    **_SUMS,
+    "gemm_all_reduce_add_rms_norm": ("unfused_one_shot_norm", "unfused_sentinel_norm", *_SUMS["gemm_all_reduce"]),
+    "all_reduce_add_rms_norm": ("one_shot_norm", "sentinel_norm", *_SUMS["all_reduce"]),
 }
 OPS = tuple(PLAN_NAMES)
 _ANYWHERE = ("local", "ref")
@@ -48,13 +64,17 @@ PARAM_NAMES = (
     "taper",
     "stagger_ns",
     "lead",
+    "stagings",
 )
 LEAST = {"lead": 0}  # of all others 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call, as every rank sees it. For all_reduce: N elements, M = 1, K = 0. K is the K of one rank."""
+    """One call, as every rank sees it. K is the K of one rank.
+
+    all_reduce: N elements, M = 1, K = 0. all_reduce_add_rms_norm: M rows of N elements, K = 0.
+    """
 
     op: str
     M: int
@@ -88,6 +108,14 @@ class Problem:
         """Bytes that the same partial takes in the arena."""
         return self.M * -(-self.N // PITCH_ELEMS) * PITCH_ELEMS * ITEMSIZE[self.dtype]
 
+    @property
+    def sum(self) -> Problem:
+        """The same call without its norm, for an op that has one."""
+        op = SUM_OF[self.op]
+        if op == "all_reduce":
+            return dataclasses.replace(self, op=op, M=1, N=self.M * self.N)
+        return dataclasses.replace(self, op=op)
+
     def call_hash(self, plan: str = "") -> int:
         """16 bits over all fields and the plan, equal in every process and never 0; it travels in each signal word.
 
@@ -99,7 +127,11 @@ class Problem:
 
     def __str__(self) -> str:
         bias = ", bias" if self.bias else ""
-        sizes = f"{self.N} elements" if self.op == "all_reduce" else f"M={self.M} N={self.N} K={self.K}"
+        sizes = f"M={self.M} N={self.N} K={self.K}"
+        if self.op == "all_reduce":
+            sizes = f"{self.N} elements"
+        elif self.op == "all_reduce_add_rms_norm":
+            sizes = f"{self.M} rows of {self.N} elements"
         return f"{self.op} {sizes} {self.dtype}, world_size={self.world_size}{bias}"
 
 

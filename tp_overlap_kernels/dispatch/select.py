@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ..errors import InvalidInput
-from .problem import ITEMSIZE, PLAN_NAMES, Plan, Problem, Topology
+from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
 KIB, MIB = 1024, 1024 * 1024
@@ -48,6 +48,9 @@ SENTINEL_MAX_BYTES = 256 * KIB
 # One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
 # which pay two barriers; ours pays one exchange (3.0 us at 256 KiB), so the crossing is put one step higher.
 ONE_SHOT_ALL_REDUCE_MAX_BYTES = 512 * KIB
+# Sum and norm in one launch where the sum alone would be one; nobody has measured it.
+SENTINEL_NORM_MAX_BYTES, ONE_SHOT_NORM_MAX_BYTES = SENTINEL_MAX_BYTES, ONE_SHOT_ALL_REDUCE_MAX_BYTES
+SENTINEL_NORM_MAX_N = 8192  # a block has one row, two vectors a thread
 # The interpreter has no speed to choose by: both kernels get their share of shapes, as on the device.
 INTERP_ONE_SHOT_MAX_M = 32
 INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
@@ -65,8 +68,8 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
 # The CUDA kernels for Hopper. Tiles of 256 columns are up to 3 % faster in a few cases of M=8192, and slower elsewhere.
-TILE_COLUMNS_SM90 = (128, 256)
-TILES_SM90 = {"block_n": 128, "group_m": 8}
+STAGINGS_SM90 = {128: (1, 2), 256: (1,)}  # buffers on the way to peers, by columns of a tile; more have no room
+TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1}
 # Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
 LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
@@ -94,7 +97,7 @@ def select(problem: Problem, topology: Topology, table: Table | None = None, for
     """The plan for `problem`, with every kernel parameter filled in.
 
     forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
-    the op counts ("two_shot;push" forces all three ops). Parameters left open take the defaults of this file.
+    the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file.
     Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
     """
     return decide(problem, topology, table, forced).plan
@@ -113,15 +116,26 @@ def decide(problem: Problem, topology: Topology, table: Table | None = None, for
     looked_at = [(plan, why_not(plan, problem, topology)) for plan in measured]
     source = "table"
     if all(reason for _, reason in looked_at):
-        looked_at += [(plan, why_not(plan, problem, topology)) for plan in rule_of_thumb(problem, topology)]
+        looked_at += [(plan, why_not(plan, problem, topology)) for plan in _by_rule(problem, topology, table)]
         source = "rule"
     plan = next(plan for plan, reason in looked_at if reason is None)
     return Decision(_complete(plan, problem, topology), source, tuple(looked_at))
 
 
+def _by_rule(problem: Problem, topology: Topology, table: Table | None) -> list[Plan]:
+    """`rule_of_thumb`; for an op with a norm one launch for both where that is small, then what its sum gets."""
+    if problem.op not in SUM_OF:
+        return rule_of_thumb(problem, topology)
+    of_sum = [
+        dataclasses.replace(plan, why=f"the sum: {plan.why}", us=None)
+        for plan, _ in decide(problem.sum, topology, table).candidates
+    ]
+    return of_sum if _only_plan(topology) else [*_one_launch_norm(problem, topology), *of_sum]
+
+
 def _one_launch_first(problem: Problem, measured: list[Plan]) -> list[Plan]:
     """The same plans; at decode those of one launch first that are nearly as fast as the fastest."""
-    if problem.op == "all_reduce" or problem.M > ONE_SHOT_MAX_M or not measured:
+    if problem.op not in ("gemm_all_reduce", "gemm_reduce_scatter") or problem.M > ONE_SHOT_MAX_M or not measured:
         return measured
     enough = WORTH_A_LAUNCH * (measured[0].us or 0.0)
     return sorted(measured, key=lambda plan: not (plan.name in ONE_LAUNCH and (plan.us or 0.0) <= enough))
@@ -141,7 +155,7 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if topology.backend == "interp" and plan.name in _CUDA_ONLY:
         return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
-    return limit(plan, problem, topology) if limit else None
+    return limit(plan, _served(plan.name, problem), topology) if limit else None
 
 
 def runnable(problem: Problem, topology: Topology) -> list[str]:
@@ -161,7 +175,16 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
 
 # ---- what a plan needs
 
-_CUDA_ONLY = ("decode", "sm90", "sentinel", "unfused_sentinel", "nccl", "unfused_nccl")
+
+def _served(name: str, problem: Problem) -> Problem:
+    """What the plan's sum serves: the call without its norm, where that is a launch of its own."""
+    return problem.sum if problem.op in SUM_OF and not name.endswith("_norm") else problem
+
+
+_CUDA_ONLY = (
+    *("decode", "sm90", "sentinel", "unfused_sentinel", "sentinel_norm", "unfused_sentinel_norm"),
+    *("nccl", "unfused_nccl"),
+)
 _TILED = ("one_shot", "two_shot", "push")
 
 
@@ -186,7 +209,17 @@ def _sentinel_limit(plan: Plan, problem: Problem, topology: Topology) -> str | N
         return "the CUDA library is not loaded"
     if ITEMSIZE[problem.dtype] != 2:
         return f"the sentinel kernel takes bfloat16 and float16, not {problem.dtype}"
+    if problem.op == "gemm_reduce_scatter":
+        share = -(-problem.M // problem.world_size) * problem.N * ITEMSIZE[problem.dtype]  # what one owner gets
+        return _exceeds(share, "sentinel", topology.sentinel_bytes)
     return _exceeds(problem.message_bytes, "sentinel", topology.sentinel_bytes)
+
+
+def _sentinel_norm_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
+    if problem.N > SENTINEL_NORM_MAX_N:
+        return f"the sentinel kernel norms rows of up to {SENTINEL_NORM_MAX_N} elements, not {problem.N}"
+    whole_vectors = dataclasses.replace(problem, N=-(-problem.N // 8) * 8)
+    return _sentinel_limit(plan, whole_vectors, topology)
 
 
 def _decode_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
@@ -207,9 +240,13 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
         return f"the kernels for Hopper take bfloat16 and float16, not {problem.dtype}"
     if problem.N % 8:
         return f"N must be a multiple of 8 for the copy engine, got {problem.N}"
-    block_n = _complete(plan, problem, topology)["block_n"]
-    if block_n not in TILE_COLUMNS_SM90:
-        return f"block_n must be one of {', '.join(map(str, TILE_COLUMNS_SM90))}, got {block_n}"
+    complete = _complete(plan, problem, topology)
+    block_n, stagings = complete["block_n"], complete["stagings"]
+    if block_n not in STAGINGS_SM90:
+        return f"block_n must be one of {', '.join(map(str, STAGINGS_SM90))}, got {block_n}"
+    if stagings not in STAGINGS_SM90[block_n]:
+        most = STAGINGS_SM90[block_n][-1]
+        return f"shared memory has room for stagings={most} with block_n={block_n}, and for no more, got {stagings}"
     if rows_of_whole_tiles(problem.N, block_n, topology):
         return None
     return (
@@ -239,8 +276,12 @@ def _nccl_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
 _LIMITS: dict[str, Callable[[Plan, Problem, Topology], str | None]] = {
     "one_shot": _one_shot_limit,
     "unfused_one_shot": _one_shot_limit,
+    "one_shot_norm": _one_shot_limit,
+    "unfused_one_shot_norm": _one_shot_limit,
     "sentinel": _sentinel_limit,
     "unfused_sentinel": _sentinel_limit,
+    "sentinel_norm": _sentinel_norm_limit,
+    "unfused_sentinel_norm": _sentinel_norm_limit,
     "decode": _decode_limit,
     "sm90": _sm90_limit,
     "chunked": _chunked_limit,
@@ -296,6 +337,15 @@ def _all_reduce(problem: Problem) -> list[tuple[str, str]]:
     return ways
 
 
+def _one_launch_norm(problem: Problem, topology: Topology) -> list[Plan]:
+    ways = [("sentinel_norm", SENTINEL_NORM_MAX_BYTES), ("one_shot_norm", ONE_SHOT_NORM_MAX_BYTES)]
+    if topology.backend == "interp":
+        ways = [("one_shot_norm", INTERP_ONE_SHOT_MAX_BYTES)]
+    unfused = "" if problem.op == "all_reduce_add_rms_norm" else "unfused_"
+    why = "at most {} KiB: sum and norm in one launch"
+    return [Plan(unfused + name, why=why.format(most // KIB)) for name, most in ways if problem.message_bytes <= most]
+
+
 def _interp_gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
     return _interp_gemm(problem, "two_shot")
 
@@ -347,7 +397,7 @@ def _forced(problem: Problem, topology: Topology, forced: str) -> Plan:
 
 
 def _complete(plan: Plan, problem: Problem, topology: Topology) -> Plan:
-    return plan.with_defaults(default_params(plan.name, problem, topology))
+    return plan.with_defaults(default_params(plan.name, _served(plan.name, problem), topology))
 
 
 def default_params(name: str, problem: Problem, topology: Topology) -> dict[str, int]:

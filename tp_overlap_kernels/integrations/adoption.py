@@ -12,6 +12,7 @@ is counted (`tp_overlap_kernels.counters()`) and logged. Where the user has requ
 | output_layout   | the host wants rows of the sum or the partial, and the op gives the sum              |
 | topology        | `init` cannot make an arena for the group; its sentence says why                     |
 
+Serving engines have layers of their own, and reasons of their own beside one_rank, dtype and topology: `engines`.
 The reasons of single calls are those of `layers.routing`. M is never among them: the op takes M = 0, and chooses by M
 itself.
 """
@@ -85,9 +86,10 @@ class Adopted:
     split_input: bool
     declined: str
 
-    def fuses(self, x: Any, weight: Any, bias: Tensor | None, quantised: bool = False) -> bool:
+    def fuses(self, x: Any, weight: Any, bias: Tensor | None, hindrance: str = "") -> bool:
         """Whether this call goes to the op; counts it. weight, bias: this rank's, [N, K] and [N] or None.
 
+        hindrance: the reason, in a word of `routing.sentence`, why the host knows that it cannot.
         Errors: InvalidInput where it does not and was required to, before any rank enters a collective.
         """
         if self.declined:
@@ -95,7 +97,7 @@ class Adopted:
             return False
         dtype = weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype()
         device = x.device.type if isinstance(x, Tensor) else "cpu"
-        reason = self._why_not(x, weight, bias, quantised)
+        reason = hindrance or self._why_not(x, weight, bias)
         # A compiled call must not read the name: the graph would be guarded by it, and each layer need one of its own.
         name = "a compiled linear layer" if torch.compiler.is_compiling() else self.name
         if reason and self.required:
@@ -104,9 +106,7 @@ class Adopted:
         routing.note(reason, name, self.group_name, self.rank, self.N, dtype, device)
         return not reason
 
-    def _why_not(self, x: Any, weight: Any, bias: Tensor | None, quantised: bool) -> str:
-        if quantised:
-            return "quantised"
+    def _why_not(self, x: Any, weight: Any, bias: Tensor | None) -> str:
         if not isinstance(weight, Tensor) or tuple(weight.shape) != (self.N, self.K) or not weight.is_contiguous():
             return "weight"
         # A subclass, such as a DTensor, means more than its numbers.
@@ -124,6 +124,15 @@ class Adopted:
         return torch.ops.tp_overlap.gemm_all_reduce.default(x, weight, self.group_name, bias)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The weight that one rank holds: [N, K] of dtype."""
+
+    N: int
+    K: int
+    dtype: torch.dtype
+
+
 def adopt(
     request: Request,
     name: str,
@@ -133,42 +142,59 @@ def adopt(
     split_input: bool = False,
     gives_sum: bool = True,
 ) -> Adopted:
-    """Decides for `module`, nn.Linear of the whole layer's in_features and out_features, on the ranks of `group`.
+    """`settle` for `module`, nn.Linear of the whole layer's in_features and out_features, on the ranks of `group`.
 
-    Collective: every rank adopts the same layers in the same order, since the first makes the arena, before weights are
-    loaded and caches are sized. gives_sum: the host wants the whole sum on every rank.
+    gives_sum: the host wants the whole sum on every rank.
+    """
+    world_size = dist.get_world_size(group)
+    if type(module) is not nn.Linear:
+        text = f"it is {type(module).__name__}, and only nn.Linear itself is known to be x @ weight.T."
+        return settle(request, name, group, Part(0, 0, torch.bfloat16), ("module", text))
+    part = Part(module.out_features, module.in_features // world_size, module.weight.dtype)
+    obstacle = ("", "")
+    if module.in_features % world_size:
+        text = f"in_features={module.in_features} does not divide evenly over {world_size} ranks."
+        obstacle = ("uneven", text)
+    elif not gives_sum:
+        obstacle = ("output_layout", "its output is not the whole sum on every rank, which is what the op gives.")
+    return settle(request, name, group, part, obstacle, split_input)
+
+
+def settle(
+    request: Request,
+    name: str,
+    group: dist.ProcessGroup | None,
+    part: Part,
+    obstacle: tuple[str, str] = ("", ""),
+    split_input: bool = False,
+) -> Adopted:
+    """Decides for a layer of which this rank of `group` holds `part`. group: None where the layer is not divided.
+
+    Collective: every rank decides for the same layers in the same order, since the first makes the arena, before
+    weights are loaded and caches are sized. obstacle: (reason, sentence) of what the host itself sees in the way.
     Errors: InvalidInput where the layer must be declined and the op was required; those of `init`.
     """
-    world_size, linear = dist.get_world_size(group), isinstance(module, nn.Linear)
-    reason, text = _obstacle(module, world_size, gives_sum)
-    N, K = (module.out_features, module.in_features // world_size) if linear else (0, 0)
-    if not reason:
-        text = _make_room(request, group, N, module.weight.dtype)
-        reason = "topology" if text else ""
+    reason, text = obstacle if obstacle[0] else _obstacle(request, group, part)
     if reason and request.required:
         raise InvalidInput(
             f"{request.host}: {name} cannot be fused, and was required to be: {text} "
             "TP_OVERLAP=auto, or required=False, leaves such layers to the framework."
         )
-    _say(request, name, group, N, K, text)
-    return Adopted(
-        name, group.group_name, dist.get_rank(group), world_size, N, K, request.required, split_input, reason
-    )
+    rank, world_size, group_name = dist.get_rank(), 1, ""
+    if group is not None:
+        rank, world_size, group_name = dist.get_rank(group), dist.get_world_size(group), group.group_name
+    _say(request, name, group_name, rank, part, text)
+    return Adopted(name, group_name, rank, world_size, part.N, part.K, request.required, split_input, reason)
 
 
-def _obstacle(module: nn.Module, world_size: int, gives_sum: bool) -> tuple[str, str]:
-    """(reason, sentence), both empty where there is none."""
-    if world_size == 1:
+def _obstacle(request: Request, group: dist.ProcessGroup | None, part: Part) -> tuple[str, str]:
+    """(reason, sentence), both empty where there is none, and then there is room for the layer."""
+    if group is None or dist.get_world_size(group) == 1:
         return "one_rank", "its group has one rank, and there is nothing to sum."
-    if type(module) is not nn.Linear:
-        return "module", f"it is {type(module).__name__}, and only nn.Linear itself is known to be x @ weight.T."
-    if module.weight.dtype not in routing.FUSED_DTYPES:
-        return "dtype", f"its dtype is {module.weight.dtype}. The op takes torch.bfloat16 and torch.float16."
-    if module.in_features % world_size:
-        return "uneven", f"in_features={module.in_features} does not divide evenly over {world_size} ranks."
-    if not gives_sum:
-        return "output_layout", "its output is not the whole sum on every rank, which is what the op gives."
-    return "", ""
+    if part.dtype not in routing.FUSED_DTYPES:
+        return "dtype", f"its dtype is {part.dtype}. The op takes torch.bfloat16 and torch.float16."
+    text = _make_room(request, group, part.N, part.dtype)
+    return ("topology" if text else ""), text
 
 
 def _make_room(request: Request, group: dist.ProcessGroup, N: int, dtype: torch.dtype) -> str:
@@ -183,21 +209,25 @@ def _make_room(request: Request, group: dist.ProcessGroup, N: int, dtype: torch.
     return request.refused.get(name, "")
 
 
-def _say(request: Request, name: str, group: dist.ProcessGroup, N: int, K: int, obstacle: str) -> None:
-    """One line for all layers of a kind: those whose names differ in numbers only."""
-    kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-    line = f"{kind}: {obstacle}"
-    if line in request.said or dist.get_rank(group) != 0:
+def kind(name: str) -> str:
+    """The name of a layer without the numbers that tell it from others of its kind."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def _say(request: Request, name: str, group_name: str, rank: int, part: Part, obstacle: str) -> None:
+    """One line for all layers of a kind."""
+    line = f"{kind(name)}: {obstacle}"
+    if line in request.said or rank != 0:
         return
     request.said.add(line)
     if obstacle:
-        log.warning("%s: not active for %s: %s", request.host, kind, obstacle)
+        log.warning("%s: not active for %s: %s", request.host, kind(name), obstacle)
         return
-    arena = find(group.group_name)
+    arena = find(group_name)
     assert arena is not None
     log.info(
         "%s: active for %s (N=%d, K=%d a rank); group %r of %d ranks on %s, max_M=%d; %d bytes a rank, for all layers",
-        *(request.host, kind, N, K, group.group_name, arena.world_size),
+        *(request.host, kind(name), part.N, part.K, group_name, arena.world_size),
         *(arena.topology.backend, arena.layout.max_M, arena.layout.total_bytes),
     )
 

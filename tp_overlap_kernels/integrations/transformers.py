@@ -96,7 +96,8 @@ class OverlapStyle:
             # Looked up in each call: weights are loaded after this, and may be moved or replaced.
             weight, bias = local(module._parameters.get("weight")), local(module._parameters.get("bias"))
             x = args[0] if args else None
-            if layer.fuses(x, weight, bias, getattr(module, "_hf_quantized_needs_local_tp", False)):
+            quantised = getattr(module, "_hf_quantized_needs_local_tp", False)
+            if layer.fuses(x, weight, bias, "quantised" if quantised else ""):
                 return layer(x, weight, bias)
             return unfused(*args, **kwargs)
 

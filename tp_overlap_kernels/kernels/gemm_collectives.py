@@ -7,17 +7,22 @@ change are written. Calls on one rank do not overlap, so one struct is enough.
 """
 
 import ctypes
+import dataclasses
 
 from tp_overlap_kernels import native
 
 from . import gemm
 
-SCHEDULES = {schedule.cols: schedule for schedule in (gemm.LARGE, gemm.SMALL)}  # by columns of a tile
-TILE_BYTES = {cols: 128 * cols * 2 for cols in SCHEDULES}  # of a block's tile, on its way between ranks
+SCHEDULES = {  # by columns of a tile, staging buffers of a block
+    (256, 1): gemm.LARGE,
+    (128, 1): gemm.SMALL,
+    (128, 2): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
+}
+TILE_BYTES = {cols: 128 * cols * 2 for cols, _ in SCHEDULES}  # of a block's tile, on its way between ranks
 
 
 # TpoTraceRole and TpoTraceStep of csrc/api.h.
-TRACE_ROLES = ("consumer", "courier", "collector")
+TRACE_ROLES = ("consumer", "courier", "collector", "fetcher")
 TRACE_STEPS = (
     "none",
     "multiply",

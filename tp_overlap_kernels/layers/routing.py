@@ -28,7 +28,7 @@ def counters() -> dict[str, int]:
 
     Layers with nothing to sum (one rank, reduce_results=False) are not counted. A compiled call counts once, when it
     is traced. Reasons: needs_grad, dtype, not_initialised, device, max_N; of layers that an adapter looks after also
-    input, weight, quantised, and those of `integrations.adoption`.
+    input, weight, quantised, partial, output_tensor, and those of `integrations.adoption` and `integrations.engines`.
     """
     return dict(_counts)
 
@@ -89,6 +89,8 @@ def sentence(reason: str, group_name: str, N: int, dtype: torch.dtype, device: s
         "input": "its input is not a plain tensor of the weight's dtype.",
         "weight": "its weight is not a contiguous matrix, this rank's columns: moved, emptied or replaced.",
         "quantised": "its weight is quantised. The op takes torch.bfloat16 and torch.float16.",
+        "partial": "its caller wants this rank's partial, and sees to the sum itself.",
+        "output_tensor": "its caller gives the tensor that takes the output, and the op returns one of its own.",
     }[reason]
 
 

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from .board import Notice
 
 WORDS = 16
-OPS = ("gemm_all_reduce", "gemm_reduce_scatter", "all_reduce")
+OPS = (
+    "gemm_all_reduce",
+    "gemm_reduce_scatter",
+    "all_reduce",
+    "gemm_all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm",
+)
 TIMEOUT, MISMATCH, ABORTED = 1, 2, 3
 AFTER = " The output is NaN and the group refuses further calls; close() and init() on every rank make a new one."
 

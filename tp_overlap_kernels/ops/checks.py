@@ -50,21 +50,42 @@ def check_gemm(op: str, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         raise InvalidInput(f"{op}: bias must be [N] with N={b.shape[0]}, got shape {tuple(bias.shape)}.")
 
 
-def check_out(op: str, out: Tensor, like: Tensor, shape: tuple) -> None:
-    """The caller's own output tensor."""
+def check_norm(op: str, shape: tuple, residual: Tensor, weight: Tensor, eps: float) -> None:
+    """What a norm adds to a sum of this shape [..., H]: residual [..., H], weight [H], eps."""
+    if tuple(residual.shape) != tuple(shape):
+        raise InvalidInput(
+            f"{op}: residual must have the shape of the sum, {tuple(shape)}, got {tuple(residual.shape)}. "
+            "Expand or reshape it."
+        )
+    if weight.dim() != 1 or weight.shape[0] != shape[-1]:
+        raise InvalidInput(f"{op}: weight must be [H] with H={shape[-1]}, got shape {tuple(weight.shape)}.")
+    if not 0 <= eps < float("inf"):
+        raise InvalidInput(f"{op}: eps must be a number of at least 0, got {eps}. RMS norms use 1e-5 or 1e-6.")
+
+
+def check_out(op: str, out: Tensor, like: Tensor, shape: tuple, name: str = "out") -> None:
+    """The caller's own output tensor. name: what the op calls it."""
     if tuple(out.shape) != tuple(shape) or out.dtype != like.dtype or out.device != like.device:
         raise InvalidInput(
-            f"{op}: out must have shape {tuple(shape)}, dtype {like.dtype} and device {like.device}, "
+            f"{op}: {name} must have shape {tuple(shape)}, dtype {like.dtype} and device {like.device}, "
             f"got {tuple(out.shape)}, {out.dtype}, {out.device}."
         )
     if not out.is_contiguous():
-        raise InvalidInput(f"{op}: out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}.")
+        raise InvalidInput(f"{op}: {name} must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}.")
 
 
-def check_apart(op: str, out: Tensor, *inputs: Tensor | None, may_be: Tensor | None = None) -> None:
+def check_apart(
+    op: str,
+    out: Tensor,
+    *inputs: Tensor | None,
+    may_be: Tensor | None = None,
+    name: str = "out",
+    other: str = "an input",
+) -> None:
     """out spans none of the bytes that an input spans: it would change what other tiles, or peers, have yet to read.
 
-    may_be: the input that out may be as a whole. Every call of an _out form asks, since addresses change: 1 us.
+    may_be: the input that out may be as a whole. name, other: what the op calls out and the inputs. Every call of an
+    _out form asks, since addresses change: 1 us.
     """
     start = out.data_ptr()
     end = start + out.nbytes
@@ -76,7 +97,7 @@ def check_apart(op: str, out: Tensor, *inputs: Tensor | None, may_be: Tensor | N
             if first == start and tensor.is_contiguous() and tensor is may_be:
                 continue
             raise InvalidInput(
-                f"{op}: out must not overlap an input, got out of shape {tuple(out.shape)} over an input of shape "
+                f"{op}: {name} must not overlap {other}, got {name} of shape {tuple(out.shape)} over {other} of shape "
                 f"{tuple(tensor.shape)}. Give it memory of its own."
             )
 

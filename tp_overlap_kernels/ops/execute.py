@@ -109,11 +109,12 @@ def warn_chunked(arena: Arena, op: str, rows: int, limit: int) -> None:
         )
 
 
-def settle(arena: Arena, out: torch.Tensor) -> None:
+def settle(arena: Arena, *outs: torch.Tensor) -> None:
     """On the CPU a launch is over when it returns: raise now what the device would have left for the next call.
 
-    out becomes NaN as a whole: a call that runs in pieces, or `ref`, may have written parts of it before it failed.
+    outs become NaN as a whole: a call that runs in pieces, or `ref`, may have written parts of them before it failed.
     """
     if arena.device.type == "cpu" and arena.record.failed:
-        out.fill_(float("nan"))
+        for out in outs:
+            out.fill_(float("nan"))
         arena.fail()

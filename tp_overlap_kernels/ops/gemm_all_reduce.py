@@ -1,5 +1,6 @@
 """gemm_all_reduce(a, b, group_name, bias): a row-parallel linear layer as one op. The contract is below."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -82,15 +83,19 @@ def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tens
     if a.dim() != 2:
         a, out = a.reshape(-1, b.shape[1]), out.view(-1, b.shape[0])
     bias = bias.contiguous() if bias is not None else None  # the kernels index it by column
-    if plan.name in ("local", "ref") or plan.name.startswith("unfused_"):
-        issued = _unfused(arena, plan, a, b, bias, out, word)
-    else:
-        issued = _fused(arena, plan, a, b, bias, out, word)
+    run = _unfused if begins_with_a_product(plan) else run_fused
+    issued = run(arena, plan, a, b, bias, out, word)
     settle(arena, out)
     return issued
 
 
-def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+def begins_with_a_product(plan: Plan) -> bool:
+    """Whether cuBLAS multiplies first, in a launch of its own."""
+    return plan.name in ("local", "ref") or plan.name.startswith("unfused_")
+
+
+def run_fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
+    """A plan in which the sum begins before the product has ended; a 2-D, out [M, N], in chunks that fit the arena."""
     from . import decode, launches
     from .chunked import gemm_all_reduce_chunked
 
@@ -114,7 +119,7 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
 
 def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
     """cuBLAS, then an all-reduce."""
-    product = _product_of_rank_0 if bias is not None and arena.rank == 0 else _product
+    product = product_of(arena, bias)
     flat = product(a, b, bias, out).view(-1)
     if plan.name == "ref":
         reference.all_reduce(arena, flat, flat, word, OP)
@@ -122,6 +127,11 @@ def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None
         issued = sum_into(arena, Plan(plan.name.removeprefix("unfused_")), flat, flat, word)
         return issued and Behind(product, issued, out, takes_bias=False)
     return None
+
+
+def product_of(arena: Arena, bias: Tensor | None) -> Callable[..., Tensor]:
+    """How this rank multiplies: (a, b, bias, out) -> out, the bias entering one rank's product."""
+    return _product_of_rank_0 if bias is not None and arena.rank == 0 else _product
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
-from . import reference
+from . import reference, scatter_sentinel
 from .checks import check_apart, check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
@@ -143,6 +143,10 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
         return launches.gemm_reduce_scatter_sm90(arena, plan, a, b, bias, out, word)
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)
+    elif plan.name == "unfused_sentinel":
+        product = _product_of_rank_0 if bias is not None and arena.rank == 0 else _product
+        partial = product(a, b, bias, out)
+        return Behind(product, scatter_sentinel.run(arena, partial, out, word), partial, takes_bias=False)
     else:
         partial = _product(a, b, bias, out)
         return Behind(_product, launches.reduce_scatter(arena, partial, bias, out, word), partial, takes_bias=True)
@@ -152,6 +156,11 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """This rank's partial, fresh: a graph gets one of its own."""
     return torch.mm(a if a.dim() == 2 else a.reshape(-1, b.shape[1]), b.t())
+
+
+def _product_of_rank_0(a: Tensor, b: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """The bias enters one rank's product, in f32, so that it is added once."""
+    return torch.addmm(bias, a if a.dim() == 2 else a.reshape(-1, b.shape[1]), b.t())
 
 
 def _unfused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int) -> None:

@@ -21,7 +21,7 @@ from ..kernels.reduce_scatter_push import reduce_scatter_push
 from ..lang.launch import Issued, Launch, specialisation
 from ..memory.arena import Arena
 from ..memory.layout import align_up, pitch, rows_per_rank
-from . import decode, sm90
+from . import decode, scatter_sentinel, sm90
 from .operands import describe
 
 LINK_BYTES_PER_NS = 350  # what stores of SMs reach, both directions busy, H200
@@ -64,6 +64,8 @@ def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
         rows = min(rows, tiles_down * plan["block_m"] * W)
     elif plan.name == "sm90":
         rows = min(rows, rows_of_whole_tiles(N, plan["block_n"], arena.topology))
+    elif plan.name == "unfused_sentinel":
+        rows = min(rows, scatter_sentinel.rows_that_fit(arena, N, itemsize))
     elif plan.name == "unfused_push":
         rows = min(rows, room.tile_slots // W * COPY_BLOCKS[1] // N * W)
     if rows < 1:

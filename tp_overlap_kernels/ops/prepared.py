@@ -65,6 +65,13 @@ class Prepared:
         if self.again is not None:
             self.product, self.takes_bias = issued.product, issued.takes_bias
 
+    def learn_norm(self, issued: Any, **tensors: Tensor) -> None:
+        """Likewise of an op that ends in a norm. tensors: x, residual, weight, y and new_residual, in this order."""
+        if isinstance(issued, Behind):
+            self.product, issued = issued.product, issued.issued
+        if issued is not None:
+            self.again = issued.again(**{f"{name}_ptr": tensor.data_ptr() for name, tensor in tensors.items()})
+
     def gemm(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Run a GEMM op."""
         with self.turn:
@@ -84,6 +91,23 @@ class Prepared:
         x_ptr = read.data_ptr()
         at = (x_ptr, bias_ptr, out_ptr) if self.takes_bias else (x_ptr, out_ptr)
         return not (x_ptr | bias_ptr | out_ptr) & 15 and again(*at)
+
+    def norm(self, x: Tensor, *others: Tensor) -> None:
+        """Run an all-reduce and its norm. others: residual, weight, y, new_residual."""
+        with self.turn:
+            if self.again is None or not self._norm_again(self.again, x, *others):
+                self.issue(x, *others)
+
+    def gemm_norm(self, a: Tensor, b: Tensor, bias: Tensor | None, *others: Tensor) -> None:
+        """Run a GEMM, its all-reduce and its norm. others: as above; the product goes to y on its way."""
+        with self.turn:
+            again, product = self.again, self.product
+            if again is None or product is None or not self._norm_again(again, product(a, b, bias, others[2]), *others):
+                self.issue(a, b, bias, *others)
+
+    def _norm_again(self, again: Callable[..., bool], *tensors: Tensor) -> bool:
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return (self.any_address or not any(address & 15 for address in addresses)) and again(*addresses)
 
     def sum(self, x: Tensor, out: Tensor) -> None:
         """Run an all-reduce."""
@@ -107,6 +131,14 @@ def sum_key_of(op: str, x: Tensor, out: Tensor | None = None) -> tuple:
     """By what an all-reduce is known."""
     key = (op, x.shape, x.stride(), x.dtype, x.device, choices())
     return key if out is None else (*key, out.shape, out.stride(), out.dtype, out.device)
+
+
+def norm_key_of(op: str, eps: float, *tensors: Tensor | None) -> tuple:
+    """By what a call that ends in a norm is known."""
+    key: tuple = (op, eps, choices())
+    for tensor in tensors:
+        key += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return key
 
 
 def recall(group_name: str, key: tuple, *inputs: Tensor | None) -> Prepared | None:

@@ -24,7 +24,7 @@ LAST_EPOCH = (1 << 47) - 1  # likewise: the sign bit of a word begins there
 
 
 def all_reduce(arena: Arena, x: Tensor, out: Tensor, word: int, op: str = "all_reduce") -> None:
-    """out = the sum of x over the ranks; flat, contiguous; out may be x. op: whose call it is, for errors."""
+    """out = the sum of x over the ranks; flat, contiguous; out may be x, or f32. op: whose call it is, for errors."""
     for start in range(0, x.numel(), _capacity(arena, x)):
         piece = slice(start, start + _capacity(arena, x))
         _exchange(arena, x[piece], out[piece], 0, op, word)
@@ -42,6 +42,14 @@ def reduce_scatter(arena: Arena, partial: Tensor, out: Tensor, word: int) -> Non
         before = sum(part.shape[0] for part in parts[: arena.rank])
         target = out[start : start + height]
         _exchange(arena, torch.cat(parts).view(-1), target.view(-1), before * N, "gemm_reduce_scatter", word)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, y: Tensor, new_residual: Tensor) -> None:
+    """kernels/add_rms_norm.py in torch, with its rounding. x: of any float dtype; y may be x, new_residual residual."""
+    new_residual.copy_(x.float() + residual.float())
+    hidden = new_residual.float()
+    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+    y.copy_(hidden * scale * weight.float())
 
 
 def _capacity(arena: Arena, x: Tensor) -> int:

@@ -40,7 +40,7 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (SCHEDULES[plan["block_n"]], plan["group_m"], plan["lead"], word),
+        (SCHEDULES[plan["block_n"], plan["stagings"]], plan["group_m"], plan["lead"], word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued

@@ -26,6 +26,31 @@ def gemm_all_reduce(a: Tensor, b: Tensor, group: dist.ProcessGroup | None, bias:
     return total if bias is None else total.add_(bias)
 
 
+def all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """(y, new_residual): new_residual = all_reduce(x) + residual, y = its RMS norm over the last dimension."""
+    return _add_rms_norm(all_reduce(x, group), residual, weight, eps)
+
+
+def gemm_all_reduce_add_rms_norm(
+    a: Tensor,
+    b: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    group: dist.ProcessGroup | None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, new_residual): new_residual = gemm_all_reduce(a, b, bias) + residual, y = its RMS norm."""
+    return _add_rms_norm(gemm_all_reduce(a, b, group, bias), residual, weight, eps)
+
+
+def _add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    new_residual = total + residual
+    return torch.nn.functional.rms_norm(new_residual, weight.shape, weight, eps), new_residual
+
+
 def gemm_reduce_scatter(a: Tensor, b: Tensor, group: dist.ProcessGroup | None, bias: Tensor | None = None) -> Tensor:
     """This rank's rows of gemm_all_reduce: [r*c, min(M, (r+1)*c)) with c = ceil(M / W), 2-D.
 

@@ -4,24 +4,31 @@
 //     courier                                   carry 0 to its owner, flag | fetch partials of i                  store i
 //                 ---- tiles that peers own, the next rank's first ----     ---- own tiles ----
 //
-// Own tiles come last, or, where the link is the slower part, among the others and so many tiles behind them (Itinerary).
-// Staging holds one tile and is passed to and fro. The courier is one thread of the producer warpgroup: the copy engine
-// tells its stores' end only to the thread that gave them. Consumers never wait for the link, unless it is slower than
-// the products of a whole tile, nor for a flag, unless it is late by as much.
+// Own tiles come last, or, where the link is the slower part, among the others and so many tiles behind them
+// (gemm_owners.cuh).
+// Staging is one buffer or two, of a tile each: tile t of a block lies in buffer t % kStagings, which is passed to and fro.
+// The courier is one thread of the producer warpgroup: the copy engine tells its stores' end only to the thread that gave
+// them. Consumers never wait for the link, unless it is slower than the products of kStagings whole tiles, nor for a flag,
+// unless it is late by as much.
+// With two buffers another thread, the fetcher, fetches the partials. Else they would come after the push of the tile before,
+// for which the courier waits, and consumers, who then wait for a partial, would gain nothing by the second buffer.
 // A tile travels, and lies in the arena, as it lies in staging: boxes of 64 rows and 64 columns, swizzled, each row of
 // boxes from left to right. Fragments read back from it are those that were written.
 //
-// Staging, barrier by barrier (each wait is for the present phase or the one before, as parities need):
-//   free     courier -> consumers: the tile has been read from staging, the next may be written. One phase a tile.
-//   partial  courier and copy engine -> consumers: one partial lies in staging. The courier fetches it after it has
-//            itself seen the tile before read from there.
-//   taken    consumers -> courier: that partial has been added, and another follows.
-//   staged   consumers -> courier: the tile, or the sum, lies in staging.
+// Staging, barrier by barrier, each buffer with its own but for `taken`, since partials are fetched one after the other
+// (each wait is for the present phase or the one before, as parities need):
+//   free     courier -> consumers, fetcher: the tile has been read from the buffer, the next may be written. One phase a tile.
+//   partial  courier or fetcher, and copy engine -> consumers: one partial lies in the buffer. It is fetched after the tile
+//            before has been read from there: the courier has itself seen that, the fetcher waits for `free`.
+//   taken    consumers -> courier or fetcher: that partial has been added, and another follows.
+//   staged   consumers -> courier: the tile, or the sum, lies in the buffer. The fetcher arrives, too, for every tile, once
+//            it has seen the buffer free: no phase of `free` can then pass it by.
 // A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
 // peers fail, too, and at its end it fills all of out with NaN.
 #pragma once
 
 #include "api.h"
+#include "tpo/gemm_owners.cuh"
 #include "tpo/gemm_tile.cuh"
 #include "tpo/signal.cuh"
 #include "tpo/trace.cuh"
@@ -31,22 +38,27 @@ namespace tpo {
 // Threads of the producer warpgroup; thread 0 loads what is multiplied.
 constexpr int kCourierWarp = 1;
 constexpr int kTransitWarp = 2;
+constexpr int kFetcherWarp = 3;
 
 // 128 * 56 + 256 * 224 of 63 Ki: the waits for peers take more than loads do.
 constexpr int kCollectiveProducerRegisters = 56;
 constexpr int kCollectiveConsumerRegisters = 224;
 
-template <int kTileN_, int kStages_, int kTransitBoxes_, bool kTraced_ = false>
+template <int kTileN_, int kStages_, int kStagings_, int kTransitBoxes_, bool kTraced_ = false>
 struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> {
   using Gemm = GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols>;
+  static constexpr int kStagings = kStagings_;  // buffers of one tile each
   static constexpr uint32_t kTileBytes = Gemm::kStagingBytes;
+  static constexpr uint32_t kStagingBytes = kStagings * kTileBytes;
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
   static constexpr bool kTraced = kTraced_;
-  static constexpr uint32_t kTransitOffset = (Gemm::kSharedBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+  static constexpr uint32_t kTransitOffset =
+      (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
-  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (7 + kTransitBoxes) * 8;
+  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (4 + 3 * kStagings + kTransitBoxes) * 8;
   static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kStagings == 1 || kStagings == 2);
 };
 
 template <typename Shape>
@@ -54,16 +66,19 @@ struct CollectiveMemory : BlockMemory<Shape> {
   using BlockMemory<Shape>::BlockMemory;
 
   __device__ uint32_t transit(uint32_t box) const { return this->base + Shape::kTransitOffset + box * kChunkBytes; }
-  __device__ uint32_t staged() const { return word(0); }
-  __device__ uint32_t free() const { return word(1); }
-  __device__ uint32_t partial() const { return word(2); }
-  __device__ uint32_t taken() const { return word(3); }
-  __device__ uint32_t begun() const { return word(4); }  // ends its only phase when the next two words are right
-  __device__ uint32_t epoch() const { return word(5); }
-  __device__ uint32_t failed() const { return word(6); }
-  __device__ uint32_t landed(uint32_t box) const { return word(7 + box); }
+  __device__ uint32_t tile(uint32_t buffer) const { return this->staging(buffer * kConsumers); }
+  __device__ uint32_t staged(uint32_t buffer) const { return word(buffer); }
+  __device__ uint32_t free(uint32_t buffer) const { return word(Shape::kStagings + buffer); }
+  __device__ uint32_t partial(uint32_t buffer) const { return word(2 * Shape::kStagings + buffer); }
+  __device__ uint32_t taken() const { return word(kOthers); }
+  __device__ uint32_t begun() const { return word(kOthers + 1); }  // its only phase ends when the next two are right
+  __device__ uint32_t epoch() const { return word(kOthers + 2); }
+  __device__ uint32_t failed() const { return word(kOthers + 3); }
+  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 4 + box); }
 
  private:
+  static constexpr uint32_t kOthers = 3 * Shape::kStagings;
+
   __device__ uint32_t word(uint32_t index) const { return this->base + Shape::kWordsOffset + index * 8; }
 };
 
@@ -71,123 +86,17 @@ struct CollectiveMemory : BlockMemory<Shape> {
 template <typename Shape>
 __device__ __forceinline__ void init_collective_barriers(const CollectiveMemory<Shape>& memory) {
   constexpr int kConsumerWarps = kConsumers * (kWarpgroupThreads / 32);
-  barrier_init(memory.staged(), kConsumerWarps);
-  barrier_init(memory.free(), 1);
-  barrier_init(memory.partial(), 1);
+  for (int buffer = 0; buffer < Shape::kStagings; ++buffer) {
+    barrier_init(memory.staged(buffer), kConsumerWarps + (Shape::kStagings == 2));
+    barrier_init(memory.free(buffer), 1);
+    barrier_init(memory.partial(buffer), 1);
+  }
   barrier_init(memory.taken(), kConsumerWarps);
   barrier_init(memory.begun(), 1);
   for (int box = 0; box < Shape::kTransitBoxes; ++box) barrier_init(memory.landed(box), 1);
   put_shared(memory.failed(), 0);
   publish_barrier_inits();
 }
-
-// ---- who owns what -------------------------------------------------------------------------------------------------
-
-// A tile that a block computes. Tiles are numbered within their owner, and blocks of a cluster have neighbouring numbers.
-struct Work {
-  int owner;
-  int tile;     // 0 .. tiles_per_owner * kCluster - 1
-  Tile in_sum;  // where it lies in the owner's out
-  int row_a;    // its first row in a
-};
-
-// Rank r owns the rows [r * rows_per_owner, (r + 1) * rows_per_owner) of M. An owner without rows has its first tile all
-// the same, of zeros that nobody stores: every rank hears from every peer in every call, on which other kernels rely.
-struct RowOwners {
-  TileGrid grid;  // of one owner
-  int M, rows_per_owner;
-
-  __host__ __device__ int tiles_per_owner() const { return grid.tiles(); }
-
-  template <typename Shape>
-  __device__ __forceinline__ bool find(int owner, int number, uint32_t rank_in_cluster, Work* work) const {
-    const int first_row = owner * rows_per_owner;
-    const Tile first = tile_of<Shape>(grid, number, 0);
-    work->owner = owner;
-    work->tile = number * Shape::kCluster + static_cast<int>(rank_in_cluster);
-    work->in_sum = Tile{first.row + static_cast<int>(rank_in_cluster) * Shape::kTileM, first.col};
-    work->row_a = first_row + work->in_sum.row;
-    return number == 0 || first.row < rows_of(owner);  // equal in the blocks of a cluster
-  }
-
-  __host__ __device__ int rows_of(int owner) const {
-    const int rows = M - owner * rows_per_owner;
-    return rows < 0 ? 0 : rows < rows_per_owner ? rows : rows_per_owner;
-  }
-};
-
-// The tiles of the whole product are dealt out in runs of the order in which they are walked. Rank 0 has one at least: each
-// rank gets its sum, which rank 0 has sent after it has heard from every other.
-struct TileOwners {
-  TileGrid grid;
-  int run;
-
-  __host__ __device__ int tiles_per_owner() const { return run; }
-
-  template <typename Shape>
-  __device__ __forceinline__ bool find(int owner, int number, uint32_t rank_in_cluster, Work* work) const {
-    const int tile_id = owner * run + number;
-    if (tile_id >= grid.tiles()) return false;
-    work->owner = owner;
-    work->tile = number * Shape::kCluster + static_cast<int>(rank_in_cluster);
-    work->in_sum = tile_of<Shape>(grid, tile_id, rank_in_cluster);
-    work->row_a = work->in_sum.row;
-    return true;
-  }
-};
-
-// What is computed in a step: which tile (`number`) of the rank that comes how many after ours (returned; world_size:
-// ourselves). run: tiles of an owner.
-// lead = 0: all tiles of the next rank, then of the one after it, ..., our own last.
-// Else so many of each peer's, then in turn one of each peer's and one of our own, then what is left of our own: pushes are
-// spread over the whole call, and with W = 2 and an even number of clusters half of the blocks push while the others add.
-// Either way our own tile n stands behind the tile n that any peer computes for us, in steps that all ranks count alike.
-__host__ __device__ __forceinline__ int turn_of(int step, int run, int world_size, int lead, int* number) {
-  const int peers = world_size - 1;
-  if (lead == 0 || lead >= run) {
-    *number = step % run;
-    return 1 + step / run;
-  }
-  if (step < lead * peers) {
-    *number = step / peers;
-    return 1 + step % peers;
-  }
-  step -= lead * peers;
-  const int rounds = run - lead;
-  if (step >= rounds * world_size) {
-    *number = step - rounds * peers;
-    return world_size;
-  }
-  const int turn = 1 + step % world_size;
-  *number = step / world_size + (turn == world_size ? 0 : lead);
-  return turn;
-}
-
-// The tiles of a block, in the same order for each of its roles.
-template <typename Shape, typename Owners>
-class Itinerary {
- public:
-  __device__ Itinerary(const Owners& owners, const TpoGemmCollectiveArgs& args, uint32_t rank_in_cluster)
-      : owners_(owners), args_(args), rank_in_cluster_(rank_in_cluster), step_(blockIdx.x / Shape::kCluster) {}
-
-  __device__ __forceinline__ bool next(Work* work) {
-    bool found = false;
-    const int run = owners_.tiles_per_owner();
-    while (!found && step_ < args_.world_size * run) {
-      int number;
-      const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, &number);
-      found = owners_.template find<Shape>((args_.rank + turn) % args_.world_size, number, rank_in_cluster_, work);
-      step_ += gridDim.x / Shape::kCluster;
-    }
-    return found;
-  }
-
- private:
-  const Owners& owners_;
-  const TpoGemmCollectiveArgs& args_;
-  uint32_t rank_in_cluster_;
-  int step_;
-};
 
 // ---- addresses in the arena -----------------------------------------------------------------------------------------
 
@@ -217,7 +126,7 @@ __device__ __forceinline__ int64_t* header_of(const TpoGemmCollectiveArgs& args,
   return word_at(args, at, args.header_offset, (epoch & 1) * args.world_size + source);
 }
 
-// ---- phases of the courier ------------------------------------------------------------------------------------------
+// ---- phases of the courier and the fetcher ----------------------------------------------------------------------------
 
 template <typename Shape>
 struct Courier {
@@ -226,10 +135,21 @@ struct Courier {
   int op;  // in the record
   int64_t word;
   bool failed;
-  bool failed_before;  // the group had: every block knows that by itself
-  uint32_t staged_parity = 0;
+  bool failed_before;                     // the group had: every block knows that by itself
+  RingPosition<Shape::kStagings> buffer;  // of the present tile
   uint32_t taken_parity = 0;
   Trace<Shape::kTraced> trace;
+
+  // The fetcher, in a call that the courier has begun.
+  __device__ Courier(const TpoGemmCollectiveArgs& args, const CollectiveMemory<Shape>& memory, int op, int64_t word,
+                     bool failed)
+      : args(args),
+        memory(memory),
+        op(op),
+        word(word),
+        failed(failed),
+        failed_before(failed),
+        trace(args, TPO_TRACE_FETCHER, true) {}
 
   // Begin the call: the epoch, the same in every block. The last block to read it advances it for the next call; the
   // count orders each read before that. Block 0 tells every peer which call this is.
@@ -264,7 +184,7 @@ struct Courier {
     }
   }
 
-  // To staging, which is free: the partial of an own tile that has this place in rank order.
+  // To the buffer, which is free: the partial of an own tile that has this place in rank order.
   __device__ __forceinline__ void fetch_partial(int tile, int place) {
     const int peer = place + (place >= args.rank);
     if (!failed) {
@@ -277,12 +197,12 @@ struct Courier {
     }
     if (failed) {
       put_shared(memory.failed(), 1);
-      barrier_arrive(memory.partial());
+      barrier_arrive(memory.partial(buffer.slot));
     } else {
       order_with_tma();
-      barrier_arrive_expecting(memory.partial(), Shape::kTileBytes);
-      load_bytes(memory.staging(0), staged_partial<Shape>(args, peer, args.rank, tile), Shape::kTileBytes,
-                 memory.partial());
+      barrier_arrive_expecting(memory.partial(buffer.slot), Shape::kTileBytes);
+      load_bytes(memory.tile(buffer.slot), staged_partial<Shape>(args, peer, args.rank, tile), Shape::kTileBytes,
+                 memory.partial(buffer.slot));
     }
   }
 
@@ -296,24 +216,26 @@ struct Courier {
   }
 
   __device__ __forceinline__ void await_staged(const Work& work) {
-    barrier_wait(memory.staged(), staged_parity);
-    staged_parity ^= 1;
+    barrier_wait(memory.staged(buffer.slot), buffer.parity);
+    if (Shape::kStagings == 2) failed = failed || get_shared(memory.failed()) != 0;  // in a wait of the fetcher
     trace.of(work.owner, work.tile);
     trace.end(TPO_TRACE_AWAIT_TILE);
   }
 
-  // The stores so far are a group; when they have been read, staging may be written again.
+  // The stores so far are a group; when they have been read, the buffer may be written again. To the next tile.
   __device__ __forceinline__ void free_staging() {
     end_store_group();
     wait_stores_read<0>();
-    barrier_arrive(memory.free());
+    barrier_arrive(memory.free(buffer.slot));
+    buffer.advance();
     trace.end(TPO_TRACE_SEND);
   }
 
-  // A peer's tile to its owner. Staging is free as soon as it has been read; the flag waits until it has been written.
+  // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written.
   __device__ __forceinline__ void push_partial(const Work& work) {
     if (!failed) {
-      store_bytes(staged_partial<Shape>(args, args.rank, work.owner, work.tile), memory.staging(0), Shape::kTileBytes);
+      store_bytes(staged_partial<Shape>(args, args.rank, work.owner, work.tile), memory.tile(buffer.slot),
+                  Shape::kTileBytes);
     }
     free_staging();
     if (!failed) {
@@ -329,7 +251,7 @@ struct Courier {
 #pragma unroll
     for (int box = 0; box < Shape::kTileBoxes; ++box) {
       store_box(out, work.in_sum.row + box / Shape::kTileChunks * kRowsOfWarpgroup,
-                work.in_sum.col + box % Shape::kTileChunks * kBoxCols, memory.staging(0) + box * kChunkBytes);
+                work.in_sum.col + box % Shape::kTileChunks * kBoxCols, memory.tile(buffer.slot) + box * kChunkBytes);
     }
   }
 
@@ -361,9 +283,10 @@ __device__ __forceinline__ void spoil(const TpoGemmArgs& gemm, int rows) {
 template <typename Element, typename Shape>
 struct Epilogue {
   const CollectiveMemory<Shape>& memory;
-  uint32_t staging;          // of this warpgroup
-  uint32_t free_parity = 1;  // nothing has been staged yet
-  uint32_t partial_parity = 0;
+  uint32_t staging;                                  // of this warpgroup, in the first buffer
+  uint32_t buffer = 0;                               // of the present tile
+  uint32_t free_parity = 1;                          // nothing has been staged yet
+  uint32_t partial_parities[Shape::kStagings] = {};  // that of the present buffer first
   Trace<Shape::kTraced>& trace;
 
   __device__ Epilogue(const CollectiveMemory<Shape>& memory, int consumer, Trace<Shape::kTraced>& trace)
@@ -375,19 +298,29 @@ struct Epilogue {
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
   }
 
+  __device__ __forceinline__ uint32_t box(int chunk) const {
+    return staging + buffer * Shape::kTileBytes + chunk * kChunkBytes;
+  }
+
   __device__ __forceinline__ void await_free() {
-    barrier_wait(memory.free(), free_parity);
-    free_parity ^= 1;
+    barrier_wait(memory.free(buffer), free_parity);
+    if (buffer == Shape::kStagings - 1) free_parity ^= 1;
     trace.end(TPO_TRACE_AWAIT_STAGING);
   }
 
   __device__ __forceinline__ void hand_over(const float (&sum)[Shape::kFragment]) {
 #pragma unroll
     for (int chunk = 0; chunk < Shape::kTileChunks; ++chunk) {
-      stage_chunk<Element>(sum, chunk, staging + chunk * kChunkBytes);
+      stage_chunk<Element>(sum, chunk, box(chunk));
     }
     publish_to_tma();
-    arrive(memory.staged());
+    arrive(memory.staged(buffer));
+    if constexpr (Shape::kStagings == 2) {
+      buffer ^= 1;
+      const uint32_t parity = partial_parities[1];
+      partial_parities[1] = partial_parities[0];
+      partial_parities[0] = parity;
+    }
     trace.end(TPO_TRACE_STAGE);
   }
 
@@ -395,14 +328,14 @@ struct Epilogue {
   __device__ __forceinline__ void add_partials(float (&sum)[Shape::kFragment], int world_size) {
     bool failed = false;
     for (int place = 0; place < world_size - 1; ++place) {
-      barrier_wait(memory.partial(), partial_parity);
-      partial_parity ^= 1;
+      barrier_wait(memory.partial(buffer), partial_parities[0]);
+      partial_parities[0] ^= 1;
       trace.end(TPO_TRACE_AWAIT_PARTIAL);
       failed = get_shared(memory.failed()) != 0;
       if (!failed) {
 #pragma unroll
         for (int chunk = 0; chunk < Shape::kTileChunks; ++chunk) {
-          add_chunk<Element>(sum, chunk, staging + chunk * kChunkBytes);
+          add_chunk<Element>(sum, chunk, box(chunk));
         }
       }
       if (place < world_size - 2) arrive(memory.taken());
@@ -436,6 +369,28 @@ __device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& param
   }
 }
 
+// By the fetcher, one thread: the partials of own tiles, each as soon as its buffer is free and its flag is up.
+template <typename Shape, typename Owners>
+__device__ __forceinline__ void fetch_tiles(const CollectiveParams<Owners>& params,
+                                            const CollectiveMemory<Shape>& memory, int op, uint32_t rank_in_cluster) {
+  const TpoGemmCollectiveArgs& args = params.args;
+  barrier_wait(memory.begun(), 0);
+  Courier<Shape> fetcher(args, memory, op, call_word(get_shared(memory.epoch()), args.call_hash),
+                         get_shared(memory.failed()) != 0);
+  Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
+  for (Work work; itinerary.next(&work);) {
+    barrier_wait(memory.free(fetcher.buffer.slot), fetcher.buffer.parity ^ 1);
+    fetcher.trace.of(work.owner, work.tile);
+    fetcher.trace.end(TPO_TRACE_AWAIT_STAGING);
+    if (work.owner == args.rank) {
+      fetcher.fetch_partial(work.tile, 0);
+      fetcher.fetch_other_partials(work.tile);
+    }
+    barrier_arrive(memory.staged(fetcher.buffer.slot));
+    fetcher.buffer.advance();
+  }
+}
+
 template <typename Element, typename Shape, typename Owners>
 __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& params,
                                               const CollectiveMemory<Shape>& memory, int number,
@@ -450,7 +405,7 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
     trace.of(work.owner, work.tile);
     multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
     trace.end(TPO_TRACE_MULTIPLY);
-    epilogue.await_free();  // an own tile's partial has then been fetched: only the phase is counted
+    epilogue.await_free();  // an own tile's partial has then been fetched, or could be: only the phase is counted
     if (work.owner == args.rank) {
       epilogue.add_partials(sum, args.world_size);
       if (args.gemm.bias) add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);

@@ -121,11 +121,40 @@ __device__ __forceinline__ void clear_stale(const TpoAllReduceArgs& args, const 
   }
 }
 
+// Wait until a vector has come from every peer, and add `own`: *total is right if the status is kOk.
+template <typename Element, int kWorld>
+__device__ __forceinline__ Status receive_and_add(const TpoAllReduceArgs& args, const Call& call, int64_t op, int index,
+                                                  Vec own, Vec* total) {
+  const char* slots = slot(args, call.base[args.rank], call.buffer, 0) + int64_t{kVecBytes} * index;
+  Patience patience(args.control, args.record, args.timeout_ns);
+  Vec from[kWorld];
+  Status status = kOk;
+  for (int asked = -1;;) {
+    int missing = -1;
+#pragma unroll
+    for (int r = 0; r < kWorld; ++r) from[r] = r == args.rank ? own : poll_relaxed(slots + r * args.sentinel_bytes);
+#pragma unroll
+    for (int r = 0; r < kWorld; ++r) missing = holds_sentinel(from[r]) ? r : missing;
+    if (missing < 0) break;
+    if (status == kOk || missing != asked) {
+      asked = missing;
+      status = patience.spent(missing);
+    } else {
+      const int64_t seen = peek_relaxed(header(args, call.base[args.rank], call.epoch, missing));
+      report_failure(args.control, args.record, status,
+                     Waiter{op, args.rank, missing, blockIdx.x, call_word(call.epoch, args.call_hash), seen});
+      return status;
+    }
+  }
+  *total = sum_vecs<Element, kWorld>(from);
+  return kOk;
+}
+
 // The blocks that have not failed may have stored their sums, or be about to, of what came in time: let them end.
-__device__ __forceinline__ void spoil(const TpoAllReduceArgs& args) {
+__device__ __forceinline__ void spoil(void* out, int64_t n_elems) {
   for (int i = 0; i < 2000; ++i) __nanosleep(1000);
-  for (int index = threadIdx.x; index < vecs_of(args.n_elems); index += blockDim.x) {
-    store_vec(args.out, index, args.n_elems, splat(kNan));
+  for (int index = threadIdx.x; index < vecs_of(n_elems); index += blockDim.x) {
+    store_vec(out, index, n_elems, splat(kNan));
   }
 }
 

@@ -105,20 +105,43 @@ struct Fp16 {
 };
 
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; }
+__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return float2{a.x * b.x, a.y * b.y}; }
 
-// Sum of one vector of each rank: f32, in rank order, rounded once.
+// The elements of a vector in f32.
+struct Wide {
+  float2 x, y, z, w;
+};
+
+__device__ __forceinline__ Wide operator+(Wide a, Wide b) { return Wide{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+__device__ __forceinline__ Wide operator*(Wide a, Wide b) { return Wide{a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
+__device__ __forceinline__ Wide operator*(Wide a, float b) {
+  const float2 both{b, b};
+  return a * Wide{both, both, both, both};
+}
+
+template <typename Element>
+__device__ __forceinline__ Wide widen(Vec v) {
+  return Wide{Element::unpack(v.x), Element::unpack(v.y), Element::unpack(v.z), Element::unpack(v.w)};
+}
+
+template <typename Element>
+__device__ __forceinline__ Vec narrow(Wide v) {
+  return Vec{Element::pack(v.x), Element::pack(v.y), Element::pack(v.z), Element::pack(v.w)};
+}
+
+// Sum of one vector of each rank: f32, in rank order.
+template <typename Element, int kWorld>
+__device__ __forceinline__ Wide sum_wide(const Vec (&from)[kWorld]) {
+  Wide total = widen<Element>(from[0]);
+#pragma unroll
+  for (int r = 1; r < kWorld; ++r) total = total + widen<Element>(from[r]);
+  return total;
+}
+
+// The same, rounded once.
 template <typename Element, int kWorld>
 __device__ __forceinline__ Vec sum_vecs(const Vec (&from)[kWorld]) {
-  float2 x = Element::unpack(from[0].x), y = Element::unpack(from[0].y);
-  float2 z = Element::unpack(from[0].z), w = Element::unpack(from[0].w);
-#pragma unroll
-  for (int r = 1; r < kWorld; ++r) {
-    x = x + Element::unpack(from[r].x);
-    y = y + Element::unpack(from[r].y);
-    z = z + Element::unpack(from[r].z);
-    w = w + Element::unpack(from[r].w);
-  }
-  return Vec{Element::pack(x), Element::pack(y), Element::pack(z), Element::pack(w)};
+  return narrow<Element>(sum_wide<Element, kWorld>(from));
 }
 
 }  // namespace tpo

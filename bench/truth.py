@@ -131,7 +131,7 @@ class Truth:
             return f"new_residual: {reason}"
         if y.shape != new_residual.shape or y.dtype != self.dtype:
             return f"y: got {y.dtype} {tuple(y.shape)}, want {self.dtype} {tuple(new_residual.shape)}"
-        return wrong_norm(y, new_residual, weight, _outside)
+        return wrong_norm(y, new_residual, weight, outside)
 
     def _wrong_sum(
         self, out: torch.Tensor, case: Case, rounding: str, residual: torch.Tensor | None = None

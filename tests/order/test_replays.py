@@ -14,8 +14,10 @@ import torch
 import tp_overlap_kernels as tpo
 from tests.dist import barrier
 from tests.ops import calls as rank_side
+from tests.ops import judge as of_sums
+from tests.ops import norms
 from tests.ops.calls import Setup
-from tests.ops.judge import judge
+from tests.ops.norms import NormCall
 from tests.order.replay import replay
 from tests.order.test_no_races import CAPACITY, MOVERS, call_of
 from tests.order.trace import tracing
@@ -30,17 +32,30 @@ REPLAYS = 3  # and the call itself: an even number, then an odd one
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("op, plan", ONE_LAUNCH)
 def test_a_launch_with_old_arguments_is_a_new_call(ranks, op, plan, world_size):
-    call = dataclasses.replace(call_of(op, plan, 40, 24, world_size, 0), kind="integer")
+    call = changed(call_of(op, plan, 40, 24, world_size, 0), kind="integer")
+    judge = norms.judge if isinstance(call, NormCall) else of_sums.judge
     logs, results = zip(*ranks(world_size).run(call_and_replay, call), strict=True)
     for number, by_rank in enumerate(zip(*results, strict=True)):
-        judge(dataclasses.replace(call, number=number), plan, list(by_rank))
+        judge(changed(call, number=number), plan, list(by_rank))
     replay(logs, layout(**CAPACITY, itemsize=2, world_size=world_size)).raise_if_any()
+
+
+def changed(call, **fields):
+    """The call with other fields of Call."""
+    if isinstance(call, NormCall):
+        return dataclasses.replace(call, sum=dataclasses.replace(call.sum, **fields))
+    return dataclasses.replace(call, **fields)
+
+
+def copy_of(result):
+    return tuple(each.clone() for each in result) if isinstance(result, tuple) else result.clone()
 
 
 def call_and_replay(rank, world_size, call):
     """(log, results): of the call, then of its launch again, over other inputs each time."""
     arena = rank_side.prepare_arena(Setup(**CAPACITY))
-    tensors, launched = rank_side.operands(call, rank), []
+    made_by = norms if isinstance(call, NormCall) else rank_side
+    tensors, launched = made_by.operands(call, rank), []
 
     def remembered(launch, grid, *args):
         launched.append((launch, grid, args))
@@ -50,13 +65,13 @@ def call_and_replay(rank, world_size, call):
     with tpo.cpu_backend("interp"), tpo.force_plan(call.plan), torch.inference_mode(), tracing(arena) as trace:
         barrier()
         with mock.patch.object(Launch, "__call__", remembered):
-            out = rank_side.invoke(call, tensors, rank)
+            out = made_by.invoke(call, tensors, rank)
         ((launch, grid, args),) = launched
-        results = [out.clone()]
+        results = [copy_of(out)]
         for number in range(1, 1 + REPLAYS):
-            again = rank_side.operands(dataclasses.replace(call, number=number), rank)
+            again = made_by.operands(changed(call, number=number), rank)
             for x, y in zip(tensors, again, strict=True):
                 x.copy_(y)
             launch(grid, *args)
-            results.append(out.clone())
+            results.append(copy_of(out))
     return trace.events, results

@@ -6,14 +6,16 @@ import re
 
 import pytest
 
-from tests.csrc.test_sass import Compiled, compiled_alone, opcodes, pytestmark  # noqa: F401
+from tests.csrc.built import Compiled, compiled_alone, needs_nvcc, opcodes
+
+pytestmark = needs_nvcc
 
 SHAPES = [(cols, groups) for groups in (1, 2) for cols in (8, 16, 32, 64, 128) if (cols, groups) != (128, 2)]
 
 
 @pytest.fixture(scope="module")
-def decode(tmp_path_factory) -> Compiled:
-    return compiled_alone("gemm_all_reduce_one_shot_sentinel", tmp_path_factory)
+def decode() -> Compiled:
+    return compiled_alone("gemm_all_reduce_one_shot_sentinel")
 
 
 def entry(listing: dict[str, str], cols: int, groups: int, element: str = "Bf16") -> str:

@@ -5,42 +5,25 @@ Of those that sum over ranks, too: who publishes a tile has seen it written, and
 
 from __future__ import annotations
 
-import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 
-from tests import ptx
+from tests.csrc.built import compiled_alone, needs_nvcc
 
-CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-
-pytestmark = pytest.mark.skipif(not pathlib.Path(NVCC).exists(), reason="needs nvcc")
-
+pytestmark = needs_nvcc
 
 ALONE = "gemm"
 COLLECTIVES = ("gemm_reduce_scatter_push", "gemm_all_reduce_two_shot_push")
 REGISTERS = dict.fromkeys(COLLECTIVES, (56, 224)) | {ALONE: (40, 232)}  # of producers and consumers
 
 
-def nvcc(kernel: str, *options: str) -> str:
-    """Compile; returns what the assembler reports."""
-    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", *options]
-    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", CSRC / "kernels" / f"{kernel}.cu"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
-
-
 @pytest.fixture(scope="module", params=[ALONE, *COLLECTIVES])
-def compiled(request, tmp_path_factory) -> tuple[dict[str, list[str]], str, str]:
+def compiled(request) -> tuple[dict[str, list[str]], str, str]:
     """Instructions of each kernel by its name, the assembler's report, and which file it is."""
-    cubin = tmp_path_factory.mktemp(request.param) / "gemm.cubin"
-    report = nvcc(request.param, "-cubin", "-Xptxas", "-v", "-o", str(cubin))
-    dump = subprocess.run([ptx.CUOBJDUMP, "-sass", cubin], check=True, capture_output=True, text=True).stdout
-    kernels = re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump, flags=re.S)
+    built = compiled_alone(request.param)
     lines = r"/\*[0-9a-f]{4,5}\*/\s+(.*?) ;"
-    return {name: re.findall(lines, text) for name, text in kernels}, report, request.param
+    return {name: re.findall(lines, text) for name, text in built.sass.items()}, built.report, request.param
 
 
 def places(code: list[str], opcode: str) -> list[int]:
@@ -112,11 +95,9 @@ def test_the_copy_engine_moves_all_data_and_pairs_share_b(compiled):
 
 
 @pytest.fixture(scope="module", params=COLLECTIVES)
-def entries(request, tmp_path_factory) -> list[str]:
+def entries(request) -> list[str]:
     """The PTX of each kernel of a file that sums."""
-    path = tmp_path_factory.mktemp(request.param) / "gemm.ptx"
-    nvcc(request.param, "-ptx", "-o", str(path))
-    return path.read_text().split(".entry")[1:]
+    return compiled_alone(request.param).text.split(".entry")[1:]
 
 
 @pytest.fixture(params=[1, 2], ids=lambda stagings: f"{stagings} stagings")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 
-CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+from tests.csrc.built import CSRC, NVCC, compiled_alone
+
 SOURCES = sorted((CSRC / "kernels").glob("*.cu"))
 
 
@@ -58,14 +56,10 @@ def check_bulk_stores(ptx: str) -> None:
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.stem)
-def compiled(request, tmp_path_factory) -> str:
+def compiled(request) -> str:
     if not pathlib.Path(NVCC).exists():
         pytest.skip("needs nvcc")
-    target = tmp_path_factory.mktemp("ptx") / "out.ptx"
-    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=compute_90a", "-ptx"]
-    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}", "-o", target, request.param]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return target.read_text()
+    return compiled_alone(request.param.stem).text
 
 
 def test_scopes(compiled):

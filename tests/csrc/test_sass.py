@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 
-from tests import ptx
+from tests.csrc.built import CSRC, Compiled, compiled_alone, needs_nvcc, opcodes
 
-CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 WORLDS = {"all_reduce_one_shot_sentinel": range(1, 9), "reduce_scatter_one_shot_sentinel": range(2, 9)}
 
-pytestmark = pytest.mark.skipif(not pathlib.Path(NVCC).exists(), reason="needs nvcc")
-
-
-@dataclasses.dataclass
-class Compiled:
-    ptx: dict[str, str]  # by entry name
-    sass: dict[str, str]
-    report: str  # of ptxas -v
-    file: str
-
-    def entry(self, listing: dict[str, str], element: str, world_size: int) -> str:
-        (found,) = (text for name, text in listing.items() if re.search(rf"{element}ELi{world_size}E", name))
-        return found
-
-
-def compiled_alone(kernel: str, tmp_path_factory) -> Compiled:
-    """csrc/kernels/<kernel>.cu for sm_90a."""
-    folder = tmp_path_factory.mktemp("sass")
-    source = CSRC / "kernels" / f"{kernel}.cu"
-    command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v"]
-    command += [
-        "--keep",
-        "--keep-dir",
-        folder,
-        f"-I{CSRC}",
-        f"-I{CSRC / 'include'}",
-        "-o",
-        folder / "out.cubin",
-        source,
-    ]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    (ptx_file,) = folder.glob("*.ptx")
-    dump = subprocess.run([ptx.CUOBJDUMP, "-sass", folder / "out.cubin"], check=True, capture_output=True, text=True)
-    return Compiled(
-        ptx=dict(re.findall(r"\.entry (\w+)\(.*?\n\{\n(.*?)\n\}\n", ptx_file.read_text(), flags=re.S)),
-        sass=dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", dump.stdout, flags=re.S)),
-        report=report,
-        file=kernel,
-    )
+pytestmark = needs_nvcc
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def sentinel(request, tmp_path_factory) -> Compiled:
-    return compiled_alone(request.param, tmp_path_factory)
-
-
-def opcodes(sass: str) -> list[str]:
-    """Mnemonics with their modifiers, in the order of the code."""
-    return re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass)
+def sentinel(request) -> Compiled:
+    return compiled_alone(request.param)
 
 
 def test_every_element_and_world_size_is_compiled(sentinel):

@@ -6,15 +6,17 @@ import re
 
 import pytest
 
-from tests.csrc.test_sass import Compiled, compiled_alone, opcodes, pytestmark  # noqa: F401
+from tests.csrc.built import Compiled, compiled_alone, needs_nvcc, opcodes
+
+pytestmark = needs_nvcc
 
 WORLDS = range(2, 9)
 VECS = 2  # of a thread
 
 
 @pytest.fixture(scope="module")
-def norm(tmp_path_factory) -> Compiled:
-    return compiled_alone("all_reduce_one_shot_sentinel_add_rms_norm", tmp_path_factory)
+def norm() -> Compiled:
+    return compiled_alone("all_reduce_one_shot_sentinel_add_rms_norm")
 
 
 def test_every_element_and_world_size_is_compiled(norm):

@@ -41,6 +41,7 @@
 
 #include "api.h"
 #include "tpo/sentinel.cuh"
+#include "tpo/sentinel_launch.cuh"
 
 namespace tpo {
 namespace {
@@ -138,12 +139,7 @@ extern "C" int tpo_all_reduce_one_shot_sentinel(const TpoAllReduceArgs* args, vo
 extern "C" int tpo_prepare(int world_size) {
   using namespace tpo;
   if (world_size < 1 || world_size > kMaxWorld) return cudaErrorInvalidValue;
-  cudaFuncAttributes attributes;  // asking for them loads the kernel
-  for (const Kernel kernel : {kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)}) {
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return load({kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)});
 }
 
 #pragma GCC visibility pop

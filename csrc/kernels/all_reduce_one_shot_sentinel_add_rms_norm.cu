@@ -29,6 +29,7 @@
 #include "api.h"
 #include "tpo/dependent_launch.cuh"
 #include "tpo/sentinel.cuh"
+#include "tpo/sentinel_launch.cuh"
 
 namespace tpo {
 namespace {
@@ -240,29 +241,13 @@ extern "C" int tpo_all_reduce_one_shot_sentinel_add_rms_norm(const TpoAllReduceN
   const int threads = ((vecs_of(args->H) + kVecs - 1) / kVecs + 31) / 32 * 32;
   const int world_size = args->sum.world_size;
   const Kernel kernel = args->sum.dtype == 0 ? kernel_for<Bf16>(world_size) : kernel_for<Fp16>(world_size);
-
-  cudaLaunchAttribute ahead = {};
-  ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  ahead.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(args->M);
-  config.blockDim = dim3(threads + kWatchers);
-  config.stream = static_cast<cudaStream_t>(cuda_stream);
-  config.attrs = &ahead;
-  config.numAttrs = args->launched_ahead ? 1 : 0;
-  void* parameters[] = {const_cast<TpoAllReduceNormArgs*>(args)};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+  return launch_ahead(kernel, args->M, threads + kWatchers, args->launched_ahead != 0, *args, cuda_stream);
 }
 
 extern "C" int tpo_all_reduce_one_shot_sentinel_add_rms_norm_prepare(int world_size) {
   using namespace tpo;
   if (world_size < 2 || world_size > kMaxWorld) return cudaErrorInvalidValue;
-  cudaFuncAttributes attributes;  // asking for them loads the kernel
-  for (const Kernel kernel : {kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)}) {
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return load({kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)});
 }
 
 #pragma GCC visibility pop

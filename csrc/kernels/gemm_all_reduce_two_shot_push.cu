@@ -260,37 +260,27 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
 // ---- the launcher -------------------------------------------------------------------------------------------------------
 
 template <typename Element, typename Shape>
-cudaError_t launch(const TpoGemmCollectiveArgs& args, cudaStream_t stream) {
-  Params params;
-  params.args = args;
-  params.owners.grid = grid_of<Shape>(args.gemm.M, args.gemm.N, args.gemm.group_rows);
-  params.owners.run = divide_up(params.owners.grid.tiles(), args.world_size);
-  const int64_t results = int64_t{args.world_size - 1} * params.owners.run * Shape::kCluster;
-  if (!has_room<Shape>(args, params.owners.run) || results * Shape::kTileBytes > args.result_bytes) {
-    return cudaErrorInvalidValue;
+struct Host {
+  static cudaError_t launch(const TpoGemmCollectiveArgs& args, cudaStream_t stream) {
+    Params params;
+    params.args = args;
+    params.owners.grid = grid_of<Shape>(args.gemm.M, args.gemm.N, args.gemm.group_rows);
+    params.owners.run = divide_up(params.owners.grid.tiles(), args.world_size);
+    const int64_t results = int64_t{args.world_size - 1} * params.owners.run * Shape::kCluster;
+    if (!has_room<Shape>(args, params.owners.run) || results * Shape::kTileBytes > args.result_bytes) {
+      return cudaErrorInvalidValue;
+    }
+    return launch_collective<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>, &params, args.gemm.M, stream);
   }
-  return launch_collective<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>, &params, args.gemm.M, stream);
-}
 
-template <typename Element, typename Shape>
-cudaError_t prepare() {
-  return allow_shared<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>);
-}
-
-template <typename Shape, typename Traced>
-constexpr CollectiveVariant variant() {
-  return CollectiveVariant{{launch<Bf16, Shape>, launch<Fp16, Shape>},
-                           {prepare<Bf16, Shape>, prepare<Fp16, Shape>},
-                           launch<Bf16, Traced>,
-                           prepare<Bf16, Traced>};
-}
+  static cudaError_t prepare() { return allow_shared<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>); }
+};
 
 // By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
-constexpr CollectiveVariant kVariants[] = {
-    variant<CollectiveShape<256, 3, 1, 2>, CollectiveShape<256, 3, 1, 2, true>>(),
-    {},
-    variant<CollectiveShape<128, 5, 1, 2>, CollectiveShape<128, 5, 1, 2, true>>(),
-    variant<CollectiveShape<128, 4, 2, 2>, CollectiveShape<128, 4, 2, 2, true>>()};
+constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 3, 1, 2>>(),
+                                           {},
+                                           variant<Host, CollectiveShape<128, 5, 1, 2>>(),
+                                           variant<Host, CollectiveShape<128, 4, 2, 2>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

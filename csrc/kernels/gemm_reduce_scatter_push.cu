@@ -104,35 +104,25 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push(cons
 // ---- the launcher -------------------------------------------------------------------------------------------------------
 
 template <typename Element, typename Shape>
-cudaError_t launch(const TpoGemmCollectiveArgs& args, cudaStream_t stream) {
-  Params params;
-  params.args = args;
-  const int rows = divide_up(args.gemm.M, args.world_size);
-  params.owners = RowOwners{grid_of<Shape>(rows, args.gemm.N, args.gemm.group_rows), args.gemm.M, rows};
-  if (!has_room<Shape>(args, params.owners.tiles_per_owner())) return cudaErrorInvalidValue;
-  return launch_collective<Shape>(gemm_reduce_scatter_push<Element, Shape>, &params, params.owners.rows_of(args.rank),
-                                  stream);
-}
+struct Host {
+  static cudaError_t launch(const TpoGemmCollectiveArgs& args, cudaStream_t stream) {
+    Params params;
+    params.args = args;
+    const int rows = divide_up(args.gemm.M, args.world_size);
+    params.owners = RowOwners{grid_of<Shape>(rows, args.gemm.N, args.gemm.group_rows), args.gemm.M, rows};
+    if (!has_room<Shape>(args, params.owners.tiles_per_owner())) return cudaErrorInvalidValue;
+    return launch_collective<Shape>(gemm_reduce_scatter_push<Element, Shape>, &params, params.owners.rows_of(args.rank),
+                                    stream);
+  }
 
-template <typename Element, typename Shape>
-cudaError_t prepare() {
-  return allow_shared<Shape>(gemm_reduce_scatter_push<Element, Shape>);
-}
-
-template <typename Shape, typename Traced>
-constexpr CollectiveVariant variant() {
-  return CollectiveVariant{{launch<Bf16, Shape>, launch<Fp16, Shape>},
-                           {prepare<Bf16, Shape>, prepare<Fp16, Shape>},
-                           launch<Bf16, Traced>,
-                           prepare<Bf16, Traced>};
-}
+  static cudaError_t prepare() { return allow_shared<Shape>(gemm_reduce_scatter_push<Element, Shape>); }
+};
 
 // By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
-constexpr CollectiveVariant kVariants[] = {
-    variant<CollectiveShape<256, 3, 1, 0>, CollectiveShape<256, 3, 1, 0, true>>(),
-    {},
-    variant<CollectiveShape<128, 5, 1, 0>, CollectiveShape<128, 5, 1, 0, true>>(),
-    variant<CollectiveShape<128, 5, 2, 0>, CollectiveShape<128, 5, 2, 0, true>>()};
+constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 3, 1, 0>>(),
+                                           {},
+                                           variant<Host, CollectiveShape<128, 5, 1, 0>>(),
+                                           variant<Host, CollectiveShape<128, 5, 2, 0>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

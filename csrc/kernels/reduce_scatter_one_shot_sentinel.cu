@@ -28,6 +28,7 @@
 #include "api.h"
 #include "tpo/dependent_launch.cuh"
 #include "tpo/sentinel.cuh"
+#include "tpo/sentinel_launch.cuh"
 
 namespace tpo {
 namespace {
@@ -122,28 +123,14 @@ extern "C" int tpo_reduce_scatter_one_shot_sentinel(const TpoReduceScatterArgs* 
   if (!known || !fits) return cudaErrorInvalidValue;
   if (sum.n_elems == 0) return cudaSuccess;
   const Kernel kernel = sum.dtype == 0 ? kernel_for<Bf16>(sum.world_size) : kernel_for<Fp16>(sum.world_size);
-  cudaLaunchAttribute ahead{};
-  ahead.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  ahead.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3((vecs_of(args->part) + kDataThreads - 1) / kDataThreads);  // equal on all ranks
-  config.blockDim = dim3(kDataThreads + kWatchers);
-  config.stream = static_cast<cudaStream_t>(cuda_stream);
-  config.attrs = &ahead;
-  config.numAttrs = args->launched_ahead ? 1 : 0;
-  void* parameters[] = {const_cast<TpoReduceScatterArgs*>(args)};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+  const int blocks = (vecs_of(args->part) + kDataThreads - 1) / kDataThreads;  // equal on all ranks
+  return launch_ahead(kernel, blocks, kDataThreads + kWatchers, args->launched_ahead != 0, *args, cuda_stream);
 }
 
 extern "C" int tpo_reduce_scatter_prepare(int world_size) {
   using namespace tpo;
   if (world_size < 2 || world_size > kMaxWorld) return cudaErrorInvalidValue;
-  cudaFuncAttributes attributes;  // asking for them loads the kernel
-  for (const Kernel kernel : {kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)}) {
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return load({kernel_for<Bf16>(world_size), kernel_for<Fp16>(world_size)});
 }
 
 #pragma GCC visibility pop

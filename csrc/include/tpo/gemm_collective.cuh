@@ -53,6 +53,7 @@ struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> 
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
   static constexpr bool kTraced = kTraced_;
+  using Traced = CollectiveShape<kTileN_, kStages_, kStagings_, kTransitBoxes_, true>;
   static constexpr uint32_t kTransitOffset =
       (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;

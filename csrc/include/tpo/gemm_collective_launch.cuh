@@ -50,6 +50,16 @@ struct CollectiveVariant {
   cudaError_t (*prepare_traced)();
 };
 
+// Host<Element, Shape>: how one kernel is launched and prepared.
+template <template <typename, typename> class Host, typename Shape>
+constexpr CollectiveVariant variant() {
+  using Traced = typename Shape::Traced;
+  return CollectiveVariant{{Host<Bf16, Shape>::launch, Host<Fp16, Shape>::launch},
+                           {Host<Bf16, Shape>::prepare, Host<Fp16, Shape>::prepare},
+                           Host<Bf16, Traced>::launch,
+                           Host<Bf16, Traced>::prepare};
+}
+
 inline int launch_variant(const CollectiveVariant* variants, int count, const TpoGemmCollectiveArgs& args,
                           void* cuda_stream) {
   const int schedule = args.gemm.schedule;

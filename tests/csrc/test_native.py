@@ -49,7 +49,7 @@ def test_python_and_header_name_the_same_abi():
 @pytest.mark.parametrize(
     ("name", "mirror"),
     [
-        ("TpoAllReduceArgs", sentinel._Args),
+        ("TpoAllReduceArgs", sentinel.Args),
         ("TpoAllReduceNormArgs", sentinel_norm._Args),
         ("TpoReduceScatterArgs", scatter._Args),
         ("TpoGemmArgs", gemm.Args),
@@ -104,7 +104,7 @@ def test_the_library_brings_its_own_cuda_runtime():
 def launch(**changes: int) -> None:
     """The C launcher with arguments that are right but for `changes`; no kernel may come to run with these pointers."""
     right = {"x": 4096, "out": 4096, "n_elems": 8, "sentinel_bytes": 4096, "world_size": 2}
-    args = sentinel._Args(**(right | changes))
+    args = sentinel.Args(**(right | changes))
     native.check(native.library().tpo_all_reduce_one_shot_sentinel(ctypes.byref(args), None), "launch")
 
 
@@ -155,7 +155,7 @@ def test_an_empty_call_launches_nothing():
 
 def launch_scatter(part: int = 4, launched_ahead: int = 1, **changes: int) -> None:
     right = {"x": 4096, "out": 4096, "n_elems": 8, "sentinel_bytes": 4096, "world_size": 2}
-    args = scatter._Args(sum=sentinel._Args(**(right | changes)), part=part, launched_ahead=launched_ahead)
+    args = scatter._Args(sum=sentinel.Args(**(right | changes)), part=part, launched_ahead=launched_ahead)
     native.check(native.library().tpo_reduce_scatter_one_shot_sentinel(ctypes.byref(args), None), "launch")
 
 

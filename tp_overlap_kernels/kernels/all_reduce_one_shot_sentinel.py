@@ -13,7 +13,7 @@ from tp_overlap_kernels import native
 BF16, FP16 = 0, 1  # dtype codes
 
 
-class _Args(ctypes.Structure):
+class Args(ctypes.Structure):
     """TpoAllReduceArgs of csrc/api.h, field by field."""
 
     _fields_ = (
@@ -36,45 +36,48 @@ class _Args(ctypes.Structure):
     )
 
 
+def args_of(
+    *,
+    base_table_ptr: int,
+    control_ptr: int,
+    record_ptr: int,
+    sentinel_offset: int,
+    sentinel_bytes: int,
+    header_offset: int,
+    done_offset: int,
+    rank: int,
+    world_size: int,
+    timeout_ns: int,
+) -> Args:
+    """What no call on an arena changes. Offsets and sizes in bytes within it; pointers as the device sees them."""
+    return Args(
+        base_table=base_table_ptr,
+        control=control_ptr,
+        record=record_ptr,
+        sentinel_offset=sentinel_offset,
+        sentinel_bytes=sentinel_bytes,
+        header_offset=header_offset,
+        done_offset=done_offset,
+        timeout_ns=timeout_ns,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
 class SentinelLauncher:
     """Launches the kernel for one arena. Pointers and sizes are trusted; the op has checked them."""
 
-    def __init__(
-        self,
-        *,
-        base_table_ptr: int,
-        control_ptr: int,
-        record_ptr: int,
-        sentinel_offset: int,
-        sentinel_bytes: int,
-        header_offset: int,
-        done_offset: int,
-        rank: int,
-        world_size: int,
-        timeout_ns: int,
-        data_threads: int = 0,
-    ):
-        """Offsets and sizes in bytes within the arena; pointers as the device sees them; see TpoAllReduceArgs.
+    def __init__(self, *, data_threads: int = 0, **arena: int):
+        """arena: the arguments of `args_of`.
 
         data_threads: threads a block that move data, a multiple of 32 up to 512; 0 leaves it to the library.
         Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
         the device cannot run what it holds.
         """
         library = native.library()
-        native.check(library.tpo_prepare(world_size), "all_reduce: the CUDA kernels could not be loaded")
-        self._args = _Args(
-            base_table=base_table_ptr,
-            control=control_ptr,
-            record=record_ptr,
-            sentinel_offset=sentinel_offset,
-            sentinel_bytes=sentinel_bytes,
-            header_offset=header_offset,
-            done_offset=done_offset,
-            timeout_ns=timeout_ns,
-            rank=rank,
-            world_size=world_size,
-            data_threads=data_threads,
-        )
+        native.check(library.tpo_prepare(arena["world_size"]), "all_reduce: the CUDA kernels could not be loaded")
+        self._args = args_of(**arena)
+        self._args.data_threads = data_threads
         self._args_ref = ctypes.byref(self._args)
         self._launch = library.tpo_all_reduce_one_shot_sentinel
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.

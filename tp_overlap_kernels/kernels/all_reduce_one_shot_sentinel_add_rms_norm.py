@@ -9,7 +9,8 @@ import ctypes
 
 from tp_overlap_kernels import native
 
-from .all_reduce_one_shot_sentinel import _Args as _SumArgs
+from .all_reduce_one_shot_sentinel import Args as SumArgs
+from .all_reduce_one_shot_sentinel import args_of as sum_args_of
 
 MAX_COLUMNS = 8192  # a block has one row
 
@@ -18,7 +19,7 @@ class _Args(ctypes.Structure):
     """TpoAllReduceNormArgs of csrc/api.h, field by field."""
 
     _fields_ = (
-        ("sum", _SumArgs),
+        ("sum", SumArgs),
         ("residual", ctypes.c_uint64),
         ("weight", ctypes.c_uint64),
         ("new_residual", ctypes.c_uint64),
@@ -32,22 +33,8 @@ class _Args(ctypes.Structure):
 class SentinelNormLauncher:
     """Launches the kernel for one arena. Pointers and sizes are trusted; the op has checked them."""
 
-    def __init__(
-        self,
-        *,
-        base_table_ptr: int,
-        control_ptr: int,
-        record_ptr: int,
-        sentinel_offset: int,
-        sentinel_bytes: int,
-        header_offset: int,
-        done_offset: int,
-        rank: int,
-        world_size: int,
-        timeout_ns: int,
-        launched_ahead: bool,
-    ):
-        """Offsets and sizes in bytes within the arena; pointers as the device sees them; see TpoAllReduceArgs.
+    def __init__(self, *, launched_ahead: bool, **arena: int):
+        """arena: the arguments of `all_reduce_one_shot_sentinel.args_of`.
 
         launched_ahead: blocks may come before the kernel before it on the stream has ended; they wait for that. Not
         where ranks share a device: they would take the room of another rank's.
@@ -55,14 +42,10 @@ class SentinelNormLauncher:
         the device cannot run what it holds.
         """
         library = native.library()
-        error = library.tpo_all_reduce_one_shot_sentinel_add_rms_norm_prepare(world_size)
+        error = library.tpo_all_reduce_one_shot_sentinel_add_rms_norm_prepare(arena["world_size"])
         native.check(error, "all_reduce_add_rms_norm: the CUDA kernels could not be loaded")
-        self._args = _Args(launched_ahead=launched_ahead)
+        self._args = _Args(sum=sum_args_of(**arena), launched_ahead=launched_ahead)
         self._sum = self._args.sum  # the same bytes
-        self._sum.base_table, self._sum.control, self._sum.record = base_table_ptr, control_ptr, record_ptr
-        self._sum.sentinel_offset, self._sum.sentinel_bytes = sentinel_offset, sentinel_bytes
-        self._sum.header_offset, self._sum.done_offset = header_offset, done_offset
-        self._sum.rank, self._sum.world_size, self._sum.timeout_ns = rank, world_size, timeout_ns
         self._args_ref = ctypes.byref(self._args)
         self._launch = library.tpo_all_reduce_one_shot_sentinel_add_rms_norm
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.

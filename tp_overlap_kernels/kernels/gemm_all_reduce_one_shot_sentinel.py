@@ -11,7 +11,8 @@ import enum
 
 from tp_overlap_kernels import native
 
-from .all_reduce_one_shot_sentinel import _Args as _SumArgs
+from .all_reduce_one_shot_sentinel import Args as SumArgs
+from .all_reduce_one_shot_sentinel import args_of as sum_args_of
 
 MAX_ROWS = {64: 128, 128: 64}  # of a, by rows of b in a tile
 SPLITS = (1, 2, 4, 8)  # parts of K, one a block of a cluster
@@ -29,7 +30,7 @@ class _Args(ctypes.Structure):
     """TpoGemmAllReduceDecodeArgs of csrc/api.h, field by field."""
 
     _fields_ = (
-        ("sum", _SumArgs),
+        ("sum", SumArgs),
         ("a", ctypes.c_uint64),
         ("b", ctypes.c_uint64),
         ("bias", ctypes.c_uint64),
@@ -58,21 +59,8 @@ def rows_that_fit(N: int, tile_rows: int, sentinel_bytes: int) -> int:
 class DecodeLauncher:
     """Launches the kernel for one arena. Pointers and sizes are trusted; the op has checked them."""
 
-    def __init__(
-        self,
-        *,
-        base_table_ptr: int,
-        control_ptr: int,
-        record_ptr: int,
-        sentinel_offset: int,
-        sentinel_bytes: int,
-        header_offset: int,
-        done_offset: int,
-        rank: int,
-        world_size: int,
-        timeout_ns: int,
-    ):
-        """Offsets and sizes in bytes within the arena; pointers as the device sees them; see TpoAllReduceArgs.
+    def __init__(self, **arena: int):
+        """arena: the arguments of `all_reduce_one_shot_sentinel.args_of`.
 
         Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
         the device cannot run what it holds.
@@ -80,12 +68,8 @@ class DecodeLauncher:
         library = native.library()
         error = library.tpo_gemm_all_reduce_decode_prepare()
         native.check(error, "gemm_all_reduce: the CUDA kernels could not be loaded")
-        self._args = _Args()
+        self._args = _Args(sum=sum_args_of(**arena))
         self._sum = self._args.sum  # the same bytes
-        self._sum.base_table, self._sum.control, self._sum.record = base_table_ptr, control_ptr, record_ptr
-        self._sum.sentinel_offset, self._sum.sentinel_bytes = sentinel_offset, sentinel_bytes
-        self._sum.header_offset, self._sum.done_offset = header_offset, done_offset
-        self._sum.rank, self._sum.world_size, self._sum.timeout_ns = rank, world_size, timeout_ns
         self._args_ref = ctypes.byref(self._args)
         self._launch = library.tpo_gemm_all_reduce_decode
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.

@@ -7,34 +7,21 @@ import ctypes
 
 from tp_overlap_kernels import native
 
-from .all_reduce_one_shot_sentinel import _Args as _SumArgs
+from .all_reduce_one_shot_sentinel import Args as SumArgs
+from .all_reduce_one_shot_sentinel import args_of as sum_args_of
 
 
 class _Args(ctypes.Structure):
     """TpoReduceScatterArgs of csrc/api.h, field by field."""
 
-    _fields_ = (("sum", _SumArgs), ("part", ctypes.c_int64), ("launched_ahead", ctypes.c_int32))
+    _fields_ = (("sum", SumArgs), ("part", ctypes.c_int64), ("launched_ahead", ctypes.c_int32))
 
 
 class ReduceScatterLauncher:
     """Launches the kernel for one arena. Pointers and sizes are trusted; the op has checked them."""
 
-    def __init__(
-        self,
-        *,
-        base_table_ptr: int,
-        control_ptr: int,
-        record_ptr: int,
-        sentinel_offset: int,
-        sentinel_bytes: int,
-        header_offset: int,
-        done_offset: int,
-        rank: int,
-        world_size: int,
-        timeout_ns: int,
-        launched_ahead: bool,
-    ):
-        """Offsets and sizes in bytes within the arena; pointers as the device sees them; see TpoAllReduceArgs.
+    def __init__(self, *, launched_ahead: bool, **arena: int):
+        """arena: the arguments of `all_reduce_one_shot_sentinel.args_of`.
 
         launched_ahead: whether a launch may begin, and then wait, while the kernel before it still runs. Not where
         ranks share a device: blocks that wait take the room of another rank's.
@@ -42,23 +29,9 @@ class ReduceScatterLauncher:
         the device cannot run what it holds.
         """
         library = native.library()
-        prepared = library.tpo_reduce_scatter_prepare(world_size)
+        prepared = library.tpo_reduce_scatter_prepare(arena["world_size"])
         native.check(prepared, "gemm_reduce_scatter: the CUDA kernels could not be loaded")
-        self._args = _Args(
-            sum=_SumArgs(
-                base_table=base_table_ptr,
-                control=control_ptr,
-                record=record_ptr,
-                sentinel_offset=sentinel_offset,
-                sentinel_bytes=sentinel_bytes,
-                header_offset=header_offset,
-                done_offset=done_offset,
-                timeout_ns=timeout_ns,
-                rank=rank,
-                world_size=world_size,
-            ),
-            launched_ahead=launched_ahead,
-        )
+        self._args = _Args(sum=sum_args_of(**arena), launched_ahead=launched_ahead)
         self._sum = self._args.sum  # the same bytes
         self._args_ref = ctypes.byref(self._args)
         self._launch = library.tpo_reduce_scatter_one_shot_sentinel

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 6
+#define TPO_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -189,6 +189,7 @@ typedef struct TpoGemmCollectiveArgs {
   int32_t world_size; /* 2..8 */
   int32_t blocks;     /* launch at most so many; at least 2 */
   int32_t lead_tiles; /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
+  int64_t piece_bytes; /* of a tile that goes to a peer, two on their way at a time: a multiple of 16, at least 256 */
   TpoTraceInterval* trace; /* device, zeros: blocks x TPO_TRACE_ROLES x trace_intervals; bf16 alone. Null: no trace */
   int64_t trace_intervals;
 } TpoGemmCollectiveArgs;

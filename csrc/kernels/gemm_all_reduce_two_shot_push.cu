@@ -63,12 +63,11 @@ __device__ __forceinline__ int64_t* result_flag(const Params& params, int at, in
 // ---- the courier ----------------------------------------------------------------------------------------------------
 
 template <typename Shape>
-__device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& params, const Work& work) {
+__device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& params, const Work& work, bool last) {
   const TpoGemmCollectiveArgs& args = params.args;
   for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
     const int peer = (args.rank + turn) % args.world_size;
-    store_bytes(result_of<Shape>(params, peer, args.rank, work.tile), courier.memory.tile(courier.buffer.slot),
-                Shape::kTileBytes);
+    courier.send_tile(result_of<Shape>(params, peer, args.rank, work.tile), last);
   }
   courier.store_sum(&params.out, work);
   courier.free_staging();
@@ -77,7 +76,7 @@ __device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& 
 template <typename Shape>
 __device__ __forceinline__ void publish_sum(Courier<Shape>& courier, const Params& params, int tile) {
   const TpoGemmCollectiveArgs& args = params.args;
-  wait_stores_written();
+  wait_stores_written<0>();
   order_with_tma();
   for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
     const int peer = (args.rank + turn) % args.world_size;
@@ -100,7 +99,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   while (found) {
     if (work.owner != args.rank) {
       courier.await_staged(work);
-      courier.push_partial(work);
+      courier.push_partial(work, itinerary.is_over());
       found = itinerary.next(&work);
       continue;
     }
@@ -109,7 +108,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
       courier.fetch_other_partials(work.tile);
     }
     courier.await_staged(work);
-    push_sum(courier, params, work);
+    push_sum(courier, params, work, itinerary.is_over());
     // With one buffer the next partial is fetched before the flags are raised, which a busy link delays by as much as a
     // tile takes. Nobody whom we wait for there waits for these flags. (For those of partials the same would be a deadlock.)
     const int tile = work.tile;
@@ -139,22 +138,29 @@ struct Collector {
     return tile.col + box % Shape::kTileChunks * kBoxCols;
   }
 
-  // By one lane. A box comes while the one before goes. What has gone before has been read: see the end.
+  // By one lane. Boxes come while those before them go, as many as there is room for. What went before has been read.
   __device__ __forceinline__ void copy(const char* from, const Tile& tile) {
     order_with_tma();
-    int going_box = -1;  // that is on its way here
-    for (int box = 0; box < Shape::kTileBoxes; ++box) {
-      if (!is_inside(tile, box)) continue;
-      barrier_arrive_expecting(memory.landed(coming.slot), kChunkBytes);
-      load_bytes(memory.transit(coming.slot), from + box * kChunkBytes, kChunkBytes, memory.landed(coming.slot));
-      coming.advance();
-      if (going_box >= 0) send_on(tile, going_box);
-      going_box = box;
+    int next = inside(tile, 0), on_their_way = 0;
+    for (int box = next; box < Shape::kTileBoxes; box = inside(tile, box + 1)) {
+      for (; on_their_way < Shape::kTransitBoxes && next < Shape::kTileBoxes; ++on_their_way) {
+        barrier_arrive_expecting(memory.landed(coming.slot), kChunkBytes);
+        load_bytes(memory.transit(coming.slot), from + next * kChunkBytes, kChunkBytes, memory.landed(coming.slot));
+        coming.advance();
+        next = inside(tile, next + 1);
+      }
+      send_on(tile, box);
+      --on_their_way;
     }
-    if (going_box >= 0) send_on(tile, going_box);
   }
 
-  // The next load goes into the box of the store before this one, with two boxes: it must have been read by then.
+  // This box, or the first behind it, that has something of out.
+  __device__ __forceinline__ int inside(const Tile& tile, int box) const {
+    while (box < Shape::kTileBoxes && !is_inside(tile, box)) ++box;
+    return box;
+  }
+
+  // Its place may be loaded into afterwards.
   __device__ __forceinline__ void send_on(const Tile& tile, int box) {
     barrier_wait(memory.landed(going.slot), going.parity);
     store_box(&params.out, row_of(tile, box), col_of(tile, box), memory.transit(going.slot));
@@ -165,7 +171,6 @@ struct Collector {
 
   // By all lanes: NaN in place of a sum that has not come.
   __device__ __forceinline__ void give_up(const Tile& tile) {
-    static_assert(Shape::kTransitBoxes == 2);
     const uint32_t lane = threadIdx.x % 32;
     constexpr int64_t kNans = 0x7fff7fff7fff7fff;
     for (uint32_t offset = 8 * lane; offset < kChunkBytes; offset += 8 * 32)
@@ -279,7 +284,7 @@ struct Host {
 // By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
 constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 3, 1, 2>>(),
                                            {},
-                                           variant<Host, CollectiveShape<128, 5, 1, 2>>(),
+                                           variant<Host, CollectiveShape<128, 5, 1, 4>>(),
                                            variant<Host, CollectiveShape<128, 4, 2, 2>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 

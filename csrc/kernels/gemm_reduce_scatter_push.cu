@@ -51,7 +51,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   for (Work work; itinerary.next(&work);) {
     if (work.owner != args.rank) {
       courier.await_staged(work);
-      courier.push_partial(work);
+      courier.push_partial(work, itinerary.is_over());
     } else {
       if (Shape::kStagings == 1) {  // else the fetcher does
         courier.fetch_partial(work.tile, 0);

@@ -24,6 +24,7 @@ RIGHT |= {
     "schedule": gemm.LARGE,
     "group_rows": 8,
     "lead_tiles": 0,
+    "piece_bytes": 4096,
     "call_hash": 7,
 }
 
@@ -51,6 +52,8 @@ def launch(monkeypatch, op, **changes):
         pytest.param({"rank": 2}, id="no such rank"),
         pytest.param({"blocks": 0}, id="no blocks"),
         pytest.param({"lead_tiles": -1}, id="negative lead"),
+        pytest.param({"piece_bytes": 0}, id="pieces of nothing"),
+        pytest.param({"piece_bytes": 264}, id="pieces that are not aligned"),
         pytest.param({"M": 513}, id="more tiles than staging holds"),
         pytest.param({"tile_slots": 3}, id="more tiles than flags"),
     ],

@@ -191,7 +191,7 @@ def host_cost(rank: int, world_size: int) -> None:
     with torch.inference_mode():
         for call in calls:
             tensors = operands(call, rank, DEVICE)
-            costs[f"{call.op} {call.case}"] = _microseconds(call, tensors, rank)
+            costs[f"{call.op} M={max(call.case.M, call.case.N // 8192)}"] = _microseconds(call, tensors, rank)
     everyone = [None] * world_size
     dist.all_gather_object(everyone, costs)
     worst = {name: max(one[name] for one in everyone) for name in costs}

@@ -65,6 +65,7 @@ PARAM_NAMES = (
     "stagger_ns",
     "lead",
     "stagings",
+    "piece",
 )
 LEAST = {"lead": 0}  # of all others 1
 

@@ -69,7 +69,7 @@ TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "nu
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
 # The CUDA kernels for Hopper. Tiles of 256 columns are up to 3 % faster in a few cases of M=8192, and slower elsewhere.
 STAGINGS_SM90 = {128: (1, 2), 256: (1,)}  # buffers on the way to peers, by columns of a tile; more have no room
-TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1}
+TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1, "piece": 4096}
 # Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
 LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.

@@ -63,6 +63,7 @@ class _Args(ctypes.Structure):
         ("world_size", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("lead_tiles", ctypes.c_int32),
+        ("piece_bytes", ctypes.c_int64),
         ("trace", ctypes.c_uint64),
         ("trace_intervals", ctypes.c_int64),
     )
@@ -147,21 +148,23 @@ class GemmCollectiveLauncher:
         schedule: gemm.Schedule,
         group_rows: int,
         lead_tiles: int,
+        piece_bytes: int,
         call_hash: int,
         stream: int,
     ) -> None:
         """Enqueue one call on `stream` (a cudaStream_t as an integer) of the current device; capturable in a graph.
 
         As gemm.launch; out: contiguous, N a multiple of 8. lead_tiles: own tiles begin after so many pairs of tiles of
-        each peer; 0: after all. call_hash: 16 bits; it and lead_tiles are equal on all ranks. Every rank makes the same
-        calls in the same order. Raises TpOverlapError with CUDA's reason.
+        each peer; 0: after all. piece_bytes: of a tile on its way to a peer, twice that at a time; a multiple of 16, at
+        least 256. call_hash: 16 bits; it and lead_tiles are equal on all ranks. Every rank makes the same calls in the
+        same order. Raises TpOverlapError with CUDA's reason.
         """
         args = self._gemm
         args.a, args.b, args.bias, args.out = a_ptr, b_ptr, bias_ptr, out_ptr
         args.a_stride, args.b_stride, args.out_stride = a_stride, b_stride, N
         args.M, args.N, args.K = M, N, K
         args.dtype, args.schedule, args.group_rows = dtype_code, schedule.code, group_rows
-        self._args.lead_tiles, self._args.call_hash = lead_tiles, call_hash
+        self._args.lead_tiles, self._args.piece_bytes, self._args.call_hash = lead_tiles, piece_bytes, call_hash
         error = self._launch(self._args_ref, ctypes.c_void_p(stream))
         if error:
             native.check(error, f"{self._op}: the CUDA kernel could not be launched")

@@ -80,11 +80,12 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
         return min(room.one_shot_bytes // itemsize, room.one_shot_tiles * 1024)
     if plan.name == "sentinel":
         return room.sentinel_bytes // itemsize
-    slot = room.staging_slot_bytes // itemsize
+    slot, result = room.staging_slot_bytes // itemsize, (room.total_bytes - room.result) // itemsize
     # A part is rounded up to whole blocks; in a tiny arena one owner may get all.
-    step = W * (slot - COPY_BLOCKS[1]) if slot >= 4 * COPY_BLOCKS[1] else slot
+    part = min(slot, result // W) // COPY_BLOCKS[1] * COPY_BLOCKS[1]
+    step = W * part if slot >= 4 * COPY_BLOCKS[1] else min(slot, result)
     by_flags = room.tile_slots // W * COPY_BLOCKS[1] * W
-    return min(step, by_flags, (room.total_bytes - room.result) // itemsize, 1 << 30)
+    return min(step, by_flags, 1 << 30)
 
 
 def spoil(arena: Arena, out: Tensor) -> None:

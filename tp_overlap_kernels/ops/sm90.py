@@ -40,7 +40,7 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (SCHEDULES[plan["block_n"], plan["stagings"]], plan["group_m"], plan["lead"], word),
+        (SCHEDULES[plan["block_n"], plan["stagings"]], plan["group_m"], plan["lead"], plan["piece"], word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
@@ -74,7 +74,7 @@ class IssuedSm90:
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Schedule, int, int, int]  # schedule, rows of tiles in a group, lead, call hash
+    rest: tuple[Schedule, int, int, int, int]  # schedule, rows of tiles in a group, lead, bytes of a piece, call hash
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""

@@ -12,6 +12,9 @@
 // unless it is late by as much.
 // With two buffers another thread, the fetcher, fetches the partials. Else they would come after the push of the tile before,
 // for which the courier waits, and consumers, who then wait for a partial, would gain nothing by the second buffer.
+// The copy engine takes a block's loads and stores one after the other, and stores to a peer as fast as the link takes them:
+// behind a whole tile the loads of the next products would wait for the link. So a tile goes in pieces, two on their way at
+// a time, and the next when the first of them has been written; but a block's last tile, behind which nothing waits, whole.
 // A tile travels, and lies in the arena, as it lies in staging: boxes of 64 rows and 64 columns, swizzled, each row of
 // boxes from left to right. Fragments read back from it are those that were written.
 //
@@ -232,15 +235,22 @@ struct Courier {
     trace.end(TPO_TRACE_SEND);
   }
 
-  // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written.
-  __device__ __forceinline__ void push_partial(const Work& work) {
-    if (!failed) {
-      store_bytes(staged_partial<Shape>(args, args.rank, work.owner, work.tile), memory.tile(buffer.slot),
-                  Shape::kTileBytes);
+  // The tile in the buffer to a peer's memory. last: the block computes no other.
+  __device__ __forceinline__ void send_tile(char* to, bool last) {
+    const uint32_t piece = last ? Shape::kTileBytes : args.piece_bytes;
+    for (uint32_t sent = 0; sent < Shape::kTileBytes; sent += piece) {
+      store_bytes(to + sent, memory.tile(buffer.slot) + sent, min(piece, Shape::kTileBytes - sent));
+      end_store_group();
+      wait_stores_written<1>();
     }
+  }
+
+  // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written.
+  __device__ __forceinline__ void push_partial(const Work& work, bool last) {
+    if (!failed) send_tile(staged_partial<Shape>(args, args.rank, work.owner, work.tile), last);
     free_staging();
     if (!failed) {
-      wait_stores_written();
+      wait_stores_written<0>();
       order_with_tma();
       notify(partial_flag(args, args.rank, work.owner, work.tile), word);
     }

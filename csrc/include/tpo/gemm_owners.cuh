@@ -96,7 +96,7 @@ class Itinerary {
   __device__ __forceinline__ bool next(Work* work) {
     bool found = false;
     const int run = owners_.tiles_per_owner();
-    while (!found && step_ < args_.world_size * run) {
+    while (!found && !is_over()) {
       int number;
       const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, &number);
       found = owners_.template find<Shape>((args_.rank + turn) % args_.world_size, number, rank_in_cluster_, work);
@@ -104,6 +104,9 @@ class Itinerary {
     }
     return found;
   }
+
+  // No other tile comes. Where it is false, steps may be left in which no owner has a tile.
+  __device__ __forceinline__ bool is_over() const { return step_ >= args_.world_size * owners_.tiles_per_owner(); }
 
  private:
   const Owners& owners_;

@@ -77,8 +77,12 @@ __device__ __forceinline__ void wait_stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");
 }
 
-// Until all of this thread's groups have been written, and this thread sees that: it may then tell others.
-__device__ __forceinline__ void wait_stores_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Until all of this thread's groups but the last kGroups have been written, and this thread sees that: it may then tell
+// others.
+template <int kGroups>
+__device__ __forceinline__ void wait_stores_written() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 // Between what threads do and what the copy engine does in global memory: to be passed after a wait for a flag and before
 // loads of what it published, and after the copy engine's stores and before the flag that publishes them.

@@ -50,22 +50,37 @@ _ONE_SHOT = (  # block_m, block_n, block_k, num_stages, num_warps, least M, most
 # Prefill: 128 x 256 is the tile of the best plain GEMM; smaller ones where it leaves SMs idle. The stagger is the
 # link's time for a tile (187 ns for 128 x 256), less where the last wave matters more, more where links are slow.
 _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, staggers, least M, most M
-    (128, 256, 64, 3, 8, 8, (1, 93, 187, 280), 512, ANY),
-    (128, 256, 64, 3, 8, 8, (374,), 8192, ANY),
-    (128, 256, 64, 3, 8, 4, (187,), 2048, ANY),
+    (128, 256, 64, 3, 8, 8, (1, 93, 187), 512, 2047),
+    (128, 256, 64, 3, 8, 8, (93, 187, 280), 2048, ANY),
     (128, 128, 64, 4, 8, 8, (1, 46, 93), 128, 1024),
     (64, 256, 64, 4, 8, 8, (1, 46, 93), 128, 512),
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
-# The CUDA kernels for Hopper, with own tiles last and among the others. With two staging buffers
-# also after two waves of each peer's.
-_SM90 = (  # columns of a tile, staging buffers, leads, least M
-    (256, 1, (0, 33, 66), 1024),
-    (128, 1, (0, 33, 66), 256),
-    (128, 2, (0, 33, 66), 512),
-    (128, 2, (132,), 2048),  # below that an owner has no more tiles: as lead 0
-)
+# The CUDA kernels for Hopper, with own tiles last and among the others. Tiles are sent whole, by as many blocks at a
+# time as fill the link, or in small pieces by all, which delays products least where they take longer than the link.
+_WHOLE, _BY_TURNS, _PIECES = 65536, 24, (512, 0)
+_SM90 = {  # columns of a tile, staging buffers, lead, bytes of a piece, senders, least M
+    GEMM_ALL_REDUCE: (
+        (128, 1, 0, _WHOLE, _BY_TURNS, 256),
+        (128, 1, 66, _WHOLE, _BY_TURNS, 256),
+        (128, 1, 66, _WHOLE, 32, 512),
+        (128, 1, 33, *_PIECES, 1024),
+        (128, 1, 66, *_PIECES, 256),
+        (128, 2, 66, _WHOLE, _BY_TURNS, 1024),
+        (256, 1, 33, _WHOLE, 16, 2048),
+    ),
+    GEMM_REDUCE_SCATTER: (
+        (128, 1, 0, *_PIECES, 256),
+        (128, 1, 66, _WHOLE, _BY_TURNS, 256),
+        (128, 1, 33, *_PIECES, 1024),
+        (128, 2, 0, _WHOLE, _BY_TURNS, 256),
+        (128, 2, 66, _WHOLE, _BY_TURNS, 512),
+        (128, 2, 66, *_PIECES, 1024),
+        (256, 1, 66, _WHOLE, 16, 1024),
+        (256, 1, 33, _WHOLE, 16, 2048),
+    ),
+}
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -94,11 +109,12 @@ def _staged(name: str) -> list[Candidate]:
     ]
 
 
-def _sm90() -> list[Candidate]:
+def _sm90(op: str) -> list[Candidate]:
+    names = ("block_n", "group_m", "lead", "stagings", "piece", "senders")
     return [
-        Candidate(f"sm90:block_n={cols},group_m=8,lead={lead},stagings={stagings}", least)
-        for cols, stagings, leads, least in _SM90
-        for lead in leads
+        Candidate("sm90:" + ",".join(f"{k}={v}" for k, v in zip(names, (cols, 8, lead, *rest), strict=True)), least)
+        for cols, stagings, lead, piece, senders, least in _SM90[op]
+        for rest in [(stagings, piece, senders)]
     ]
 
 
@@ -110,7 +126,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
     GEMM_ALL_REDUCE: [
         *_one_shot(),
         *_staged("two_shot"),
-        *_sm90(),
+        *_sm90(GEMM_ALL_REDUCE),
         *_chunked(),
         Candidate("unfused_one_shot", most_M=1024),
         Candidate("unfused_two_shot", least_M=64),
@@ -122,7 +138,7 @@ CANDIDATES: dict[str, list[Candidate]] = {
         *_one_shot(),
         *(Candidate(_tiles("push", (*tile, 1), 1), least, most) for *tile, least, most in _SCATTER_FEW),
         *_staged("push"),
-        *_sm90(),
+        *_sm90(GEMM_REDUCE_SCATTER),
         *_chunked(),
         Candidate("unfused_push"),
         Candidate("unfused_sentinel", most_M=512),

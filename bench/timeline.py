@@ -39,6 +39,7 @@ COLOURS = {
     "publish": "#b79ced",
     "await sum": "#fde8d0",
     "copy": "#74a57f",
+    "await turn": "#c9c9c9",
 }
 
 

@@ -87,7 +87,9 @@ enum TpoControl {
   TPO_CONTROL_FAILED = 4,          /* not 0: every wait ends at once, outputs are NaN */
   TPO_CONTROL_REPORTER = 5,        /* 0 until one thread has taken it upon itself to write the record */
   TPO_CONTROL_LEFT = 6,            /* blocks of the running call that have ended with `leave` */
-  TPO_CONTROL_STAGED = 7           /* the last call that ended with `leave`: its `done` lets peers use staging again */
+  TPO_CONTROL_STAGED = 7,          /* the last call that ended with `leave`: its `done` lets peers use staging again */
+  TPO_CONTROL_TURNS_BEGUN = 16,    /* turns of sending that blocks have taken, in all calls */
+  TPO_CONTROL_TURNS_ENDED = 17     /* the same number between calls */
 };
 
 /* Indices into `record`, which starts as zeros. */
@@ -163,7 +165,8 @@ enum TpoTraceStep {
   TPO_TRACE_SEND = 8,       /* courier: until it has been read from staging */
   TPO_TRACE_PUBLISH = 9,    /* courier: until it has been written, and the flag */
   TPO_TRACE_AWAIT_SUM = 10, /* collector */
-  TPO_TRACE_COPY = 11       /* collector */
+  TPO_TRACE_COPY = 11,      /* collector */
+  TPO_TRACE_AWAIT_TURN = 12 /* courier: other blocks are sending */
 };
 
 /* The same product, summed over ranks: kernels/gemm_reduce_scatter_push.cu, kernels/gemm_all_reduce_two_shot_push.cu. K is
@@ -186,10 +189,11 @@ typedef struct TpoGemmCollectiveArgs {
   int64_t timeout_ns; /* how long a wait may last; 0: for ever */
   int64_t call_hash;  /* 16 bits; equal on all ranks if they call the same thing */
   int32_t rank;
-  int32_t world_size; /* 2..8 */
-  int32_t blocks;     /* launch at most so many; at least 2 */
-  int32_t lead_tiles; /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
-  int64_t piece_bytes; /* of a tile that goes to a peer, two on their way at a time: a multiple of 16, at least 256 */
+  int32_t world_size;  /* 2..8 */
+  int32_t blocks;      /* launch at most so many; at least 2 */
+  int32_t lead_tiles;  /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
+  int32_t piece_bytes; /* of a tile that goes to a peer, two on their way at a time: a multiple of 16, at least 256 */
+  int32_t senders;     /* so many blocks send a tile at a time, in the order in which they have one; 0: all */
   TpoTraceInterval* trace; /* device, zeros: blocks x TPO_TRACE_ROLES x trace_intervals; bf16 alone. Null: no trace */
   int64_t trace_intervals;
 } TpoGemmCollectiveArgs;

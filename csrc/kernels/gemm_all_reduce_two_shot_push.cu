@@ -65,12 +65,14 @@ __device__ __forceinline__ int64_t* result_flag(const Params& params, int at, in
 template <typename Shape>
 __device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& params, const Work& work, bool last) {
   const TpoGemmCollectiveArgs& args = params.args;
+  if (!courier.failed) courier.begin_turn();
   for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
     const int peer = (args.rank + turn) % args.world_size;
     courier.send_tile(result_of<Shape>(params, peer, args.rank, work.tile), last);
   }
   courier.store_sum(&params.out, work);
   courier.free_staging();
+  if (!courier.failed) courier.end_turn();
 }
 
 template <typename Shape>

@@ -25,6 +25,7 @@ RIGHT |= {
     "group_rows": 8,
     "lead_tiles": 0,
     "piece_bytes": 4096,
+    "senders": 0,
     "call_hash": 7,
 }
 
@@ -54,6 +55,7 @@ def launch(monkeypatch, op, **changes):
         pytest.param({"lead_tiles": -1}, id="negative lead"),
         pytest.param({"piece_bytes": 0}, id="pieces of nothing"),
         pytest.param({"piece_bytes": 264}, id="pieces that are not aligned"),
+        pytest.param({"senders": -1}, id="fewer senders than none"),
         pytest.param({"M": 513}, id="more tiles than staging holds"),
         pytest.param({"tile_slots": 3}, id="more tiles than flags"),
     ],

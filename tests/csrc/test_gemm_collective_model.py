@@ -40,6 +40,8 @@ class Rank:
     epoch: int = 0
     staged: int = 0
     left: int = 0
+    turns_begun: int = 0
+    turns_ended: int = 0
 
 
 class Machine:
@@ -91,14 +93,16 @@ class Machine:
         raise Wrong("too many steps")
 
 
-def turn_of(step: int, run: int, world: int, lead: int) -> tuple[int, int]:
+def turn_of(step: int, run: int, world: int, lead: int, wave: int) -> tuple[int, int]:
     """The function of that name."""
     peers = world - 1
     if lead == 0 or lead >= run:
         return 1 + step // run, step % run
     order = [(turn, number) for number in range(lead) for turn in range(1, world)]
     for number in range(run - lead):
-        order += [(turn, lead + number) for turn in range(1, world)] + [(world, number)]
+        of_round = [(turn, lead + number) for turn in range(1, world)] + [(world, number)]
+        shift = number * world // wave % world if wave % world == 0 else 0
+        order += of_round[shift:] + of_round[:shift]
     assert len(order) == lead * peers + (run - lead) * world
     order += [(world, number) for number in range(run - lead, run)]
     return order[step]
@@ -112,6 +116,7 @@ class Call:
     lead: int
     stagings: int
     blocks: list[int]  # of each rank
+    senders: int = 0
 
 
 def is_over(phase: int, ended: int) -> bool:
@@ -136,7 +141,7 @@ class Block:
         """Owner and tile, in which buffer, and how often that has been used before."""
         found = 0
         for step in range(self.index, self.world * self.call.run, self.blocks):
-            turn, tile = turn_of(step, self.call.run, self.world, self.call.lead)
+            turn, tile = turn_of(step, self.call.run, self.world, self.call.lead, self.blocks)
             owner = (self.rank + turn) % self.world
             if tile < self.call.tiles[owner]:
                 yield owner, tile, found % self.call.stagings, found // self.call.stagings
@@ -228,10 +233,13 @@ class Block:
             own_follows = self.call.stagings == 1 and following is not None and following[0] == self.rank
             if owner != self.rank:
                 yield lambda: is_over(use + 1, self.staged[buffer])  # noqa: B023
+                yield from self.begin_turn()
                 self.store(buffer, self.machine.ranks[owner].staging, (self.rank, tile))
                 if error != "free before read":
                     yield self.read
                 self.free[buffer] += 1
+                if error != "turn not ended":
+                    self.end_turn()
                 if error == "fetch before the flag" and own_follows:
                     yield from self.fetch(buffer, following[1], 0)
                     fetched = following
@@ -251,10 +259,12 @@ class Block:
                 yield self.read
                 self.free[buffer] += 1
                 continue
+            yield from self.begin_turn()
             for peer in self.peers():
                 self.store(buffer, self.machine.ranks[peer].result, (self.rank, tile))
             yield self.read
             self.free[buffer] += 1
+            self.end_turn()
             if own_follows:
                 yield from self.fetch(buffer, following[1], 0)
                 fetched = following
@@ -264,6 +274,15 @@ class Block:
                 self.machine.ranks[peer].result_flags[self.rank, tile] = self.epoch
         if self.call.op == "scatter":
             yield from self.leave()
+
+    def begin_turn(self):
+        if self.call.senders:
+            turn = self.me.turns_begun
+            self.me.turns_begun += 1
+            yield lambda: self.me.turns_ended + self.call.senders > turn
+
+    def end_turn(self):
+        self.me.turns_ended += self.call.senders > 0
 
     def leave(self):
         self.me.left += 1
@@ -322,16 +341,19 @@ def play(world: int, seed: int, error: str = "", stagings: tuple[int, ...] = (1,
         last = draw.choice((1, run, world * run, world * run))  # the whole has so many
         tiles = [max(least, min(run, last - rank * run)) for rank in range(world)]
         lead, blocks = draw.choice((0, 1, 2, 4)), [draw.choice((1, 2, 3, 16)) for _ in range(world)]
-        calls.append(Call(op, run, tiles, lead, draw.choice(stagings), blocks))
+        calls.append(Call(op, run, tiles, lead, draw.choice(stagings), blocks, draw.choice((0, 1, 3))))
     machine.run([calls_of(machine, rank, calls) for rank in range(world)])
+    assert all(rank.turns_begun == rank.turns_ended for rank in machine.ranks)
 
 
 @needs_nvcc
 def test_the_order_of_tiles_is_that_of_the_kernels(tmp_path):
-    sizes = [(run, world, lead) for run in (1, 2, 5) for world in (2, 3, 8) for lead in (0, 1, 2, 4, 9)]
+    sizes = list(itertools.product((1, 2, 5), (2, 3, 8), (0, 1, 2, 4, 9), (1, 2, 4, 9, 66)))
     program = '#include <cstdio>\n#include "tpo/gemm_owners.cuh"\nint main() { int number;\n'
-    for run, world, lead in sizes:
-        program += f"for (int s = 0; s < {run * world}; ++s) {{ int turn = tpo::turn_of(s, {run}, {world}, {lead}, "
+    for run, world, lead, wave in sizes:
+        program += (
+            f"for (int s = 0; s < {run * world}; ++s) {{ int turn = tpo::turn_of(s, {run}, {world}, {lead}, {wave}, "
+        )
         program += '&number); printf("%d %d\\n", turn, number); }\n'
     source = tmp_path / "order.cu"
     source.write_text(program + "}\n")
@@ -339,9 +361,9 @@ def test_the_order_of_tiles_is_that_of_the_kernels(tmp_path):
     subprocess.run([*command, "-o", tmp_path / "order", source], check=True)
     printed = subprocess.check_output([tmp_path / "order"], text=True).split()
     pairs = iter(zip(map(int, printed[::2]), map(int, printed[1::2]), strict=True))
-    for run, world, lead in sizes:
+    for run, world, lead, wave in sizes:
         order = [next(pairs) for _ in range(run * world)]
-        assert order == [turn_of(step, run, world, lead) for step in range(run * world)]
+        assert order == [turn_of(step, run, world, lead, wave) for step in range(run * world)]
         assert sorted(order) == [(turn, number) for turn in range(1, world + 1) for number in range(run)]
         for (turn, number), step in zip(order, itertools.count()):
             assert turn == world or step < order.index((world, number))
@@ -370,6 +392,7 @@ def test_nobody_reads_too_early_or_waits_for_ever(world, stagings):
         ("sums not waited for", 2, 1),
         ("partials not waited for", 3, 1),
         ("partials not waited for", 3, 2),
+        ("turn not ended", 2, 1),
     ],
 )
 def test_a_planted_error_is_found(error, world, stagings):

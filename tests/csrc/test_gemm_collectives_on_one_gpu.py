@@ -27,7 +27,8 @@ pytestmark = [
 
 SCATTER, SUM = OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
 EVERY = list(itertools.product(OPS, SCHEDULES, (0, 1, 3)))  # op, columns of a tile and stagings, lead
-PIECES = (4096, 1 << 16, 4112)  # bytes: some, the whole tile, such as do not divide it
+# Bytes of a piece (some of a tile, all of it, such as do not divide it) and how many blocks send at a time.
+WAYS = ((4096, 0), (1 << 16, 1), (4112, 3))
 CODES = {BF16: 0, FP16: 1}
 EPOCH, FAILED = 0, 4  # words of control
 ABORT, STATE, CODE, OP, RANK, PEER, WANTED = 0, 1, 2, 3, 4, 5, 7  # words of the record
@@ -96,12 +97,14 @@ class Group:
         }
         return Rank(arena, control, record, torch.cuda.Stream(), launch)
 
-    def enqueue(self, rank: int, op: str, cut: tuple[int, int], a, b, bias, out, call_hash=7, lead: int = 0, piece: int = 4096) -> None:
+    def enqueue(
+        self, rank: int, op: str, cut: tuple[int, int], a, b, bias, out, call_hash=7, lead: int = 0, way=(4096, 0)
+    ) -> None:
         (M, K), N, member = a.shape, b.shape[0], self.ranks[rank]
         bias_ptr = 0 if bias is None else bias.data_ptr()
         member.launch[op](
             *(a.data_ptr(), b.data_ptr(), bias_ptr, out.data_ptr(), M, N, K, a.stride(0), b.stride(0), CODES[a.dtype]),
-            *(SCHEDULES[cut], 3, lead, piece, call_hash, member.stream.cuda_stream),
+            *(SCHEDULES[cut], 3, lead, *way, call_hash, member.stream.cuda_stream),
         )
 
     def expect_no_failure(self) -> None:
@@ -133,7 +136,7 @@ def play(
             with torch.cuda.stream(group.ranks[rank].stream):
                 torch.cuda._sleep(5 * CLOCKS_PER_MS)
         for i, ((op, cut, lead), abs_, bias, out) in enumerate(zip(calls, operands, biases, outs, strict=True)):
-            group.enqueue(rank, op, cut, *abs_[rank], bias, out[rank], lead=lead, piece=PIECES[i % len(PIECES)])
+            group.enqueue(rank, op, cut, *abs_[rank], bias, out[rank], lead=lead, way=WAYS[i % len(WAYS)])
     torch.cuda.synchronize()
     group.expect_no_failure()
     for i, ((op, cut, lead), out) in enumerate(zip(calls, outs, strict=True)):

@@ -13,7 +13,7 @@ from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048")
+PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9")
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
 NAMES = (
     "a",
@@ -30,6 +30,7 @@ NAMES = (
     "group_rows",
     "lead",
     "piece",
+    "senders",
     "hash",
 )
 
@@ -71,7 +72,7 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
     expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SCHEDULES[128, 2]}
-    expected |= {"group_rows": 8, "lead": 5, "piece": 2048}
+    expected |= {"group_rows": 8, "lead": 5, "piece": 2048, "senders": 9}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "stream": 77}
     for _ in range(3):  # the second and the third are known
         out = kernel.op(a, b, "local", bias)

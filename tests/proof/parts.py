@@ -88,7 +88,7 @@ def _hog(machine: Machine, count: int, seed: int, limit_s: float) -> Found:
 
 
 def _sanitizer(machine: Machine, count: int, seed: int, limit_s: float) -> Found:
-    return sanitizer.run(machine, sanitizer.TOOLS[:count], limit_s)
+    return sanitizer.run(machine, sanitizer.TOOLS[:count], limit_s / count)
 
 
 PARTS = {

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,26 +44,23 @@ class Checked:
 
 
 def run(machine: ranks.Machine, tools: tuple[str, ...], limit_s: float, sanitizer: str = SANITIZER) -> Found:
-    """All tools at once, each bounded."""
+    """One tool after the other, each bounded: processes that share a GPU and wait for each other across GPUs would wait
+    for their slices of time above all."""
     begun = time.monotonic()
     if shutil.which(sanitizer) is None:
         return Found(failures=[f"there is no {sanitizer}: nothing was checked"])
     plain = [failure for one in _ranks(machine, NO_TOOL, limit_s, sanitizer) for failure in judge(one)[1]]
     if plain:
         return Found(counts={"processes": machine.world_size}, failures=plain)
-    with ThreadPoolExecutor(len(tools)) as side_by_side:
-        checked = [
-            one
-            for each in side_by_side.map(lambda tool: _ranks(machine, tool, limit_s, sanitizer), tools)
-            for one in each
-        ]
     found = Found()
-    for one in checked:
-        line, failures = judge(one)
-        found.rows.append(line)
-        found.failures += failures
+    for tool in tools:
+        started = time.monotonic()
+        for one in _ranks(machine, tool, limit_s, sanitizer):
+            line, failures = judge(one)
+            found.rows.append(line | {"s": round(time.monotonic() - started, 1)})
+            found.failures += failures
     found.counts = {
-        "processes": len(checked),
+        "processes": len(found.rows),
         "errors": sum(line["errors"] or 0 for line in found.rows),
         "calls": sum(line["calls"] or 0 for line in found.rows),
         "seconds": round(time.monotonic() - begun, 1),

@@ -66,8 +66,9 @@ PARAM_NAMES = (
     "lead",
     "stagings",
     "piece",
+    "senders",
 )
-LEAST = {"lead": 0}  # of all others 1
+LEAST = {"lead": 0, "senders": 0}  # of all others 1
 
 
 @dataclasses.dataclass(frozen=True)

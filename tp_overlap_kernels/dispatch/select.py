@@ -67,9 +67,10 @@ TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3,
 # The same where 128 x 256 tiles would leave SMs idle (N=4096, M=512).
 TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
 FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
-# The CUDA kernels for Hopper. Tiles of 256 columns are up to 3 % faster in a few cases of M=8192, and slower elsewhere.
+# The CUDA kernels for Hopper. 24 blocks that send at a time fill the link of an H200, also beside products; `piece`: no
+# tile is larger, so each goes whole.
 STAGINGS_SM90 = {128: (1, 2), 256: (1,)}  # buffers on the way to peers, by columns of a tile; more have no room
-TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1, "piece": 4096}
+TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1, "piece": 65536, "senders": 24}
 # Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
 LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
 # Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.

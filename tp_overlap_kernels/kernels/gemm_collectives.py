@@ -36,6 +36,7 @@ TRACE_STEPS = (
     "publish",
     "await sum",
     "copy",
+    "await turn",
 )
 TRACE_WORDS = 8  # of 32 bits, an interval: begin and end, of 64; step, owner, tile, unused
 
@@ -63,7 +64,8 @@ class _Args(ctypes.Structure):
         ("world_size", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("lead_tiles", ctypes.c_int32),
-        ("piece_bytes", ctypes.c_int64),
+        ("piece_bytes", ctypes.c_int32),
+        ("senders", ctypes.c_int32),
         ("trace", ctypes.c_uint64),
         ("trace_intervals", ctypes.c_int64),
     )
@@ -149,6 +151,7 @@ class GemmCollectiveLauncher:
         group_rows: int,
         lead_tiles: int,
         piece_bytes: int,
+        senders: int,
         call_hash: int,
         stream: int,
     ) -> None:
@@ -156,15 +159,16 @@ class GemmCollectiveLauncher:
 
         As gemm.launch; out: contiguous, N a multiple of 8. lead_tiles: own tiles begin after so many pairs of tiles of
         each peer; 0: after all. piece_bytes: of a tile on its way to a peer, twice that at a time; a multiple of 16, at
-        least 256. call_hash: 16 bits; it and lead_tiles are equal on all ranks. Every rank makes the same calls in the
-        same order. Raises TpOverlapError with CUDA's reason.
+        least 256. senders: blocks that send at a time; 0: all. call_hash: 16 bits; it and lead_tiles are equal on all
+        ranks. Every rank makes the same calls in the same order. Raises TpOverlapError with CUDA's reason.
         """
         args = self._gemm
         args.a, args.b, args.bias, args.out = a_ptr, b_ptr, bias_ptr, out_ptr
         args.a_stride, args.b_stride, args.out_stride = a_stride, b_stride, N
         args.M, args.N, args.K = M, N, K
         args.dtype, args.schedule, args.group_rows = dtype_code, schedule.code, group_rows
-        self._args.lead_tiles, self._args.piece_bytes, self._args.call_hash = lead_tiles, piece_bytes, call_hash
+        self._args.lead_tiles, self._args.call_hash = lead_tiles, call_hash
+        self._args.piece_bytes, self._args.senders = piece_bytes, senders
         error = self._launch(self._args_ref, ctypes.c_void_p(stream))
         if error:
             native.check(error, f"{self._op}: the CUDA kernel could not be launched")

@@ -15,6 +15,8 @@
 // The copy engine takes a block's loads and stores one after the other, and stores to a peer as fast as the link takes them:
 // behind a whole tile the loads of the next products would wait for the link. So a tile goes in pieces, two on their way at
 // a time, and the next when the first of them has been written; but a block's last tile, behind which nothing waits, whole.
+// Where all blocks send at once, all tiles are there when the last one is, and then nothing is on the link until the next
+// ones are computed. So blocks take turns, in the order in which they have a tile, some at a time: as many as fill the link.
 // A tile travels, and lies in the arena, as it lies in staging: boxes of 64 rows and 64 columns, swizzled, each row of
 // boxes from left to right. Fragments read back from it are those that were written.
 //
@@ -235,6 +237,20 @@ struct Courier {
     trace.end(TPO_TRACE_SEND);
   }
 
+  // Until it is this block's turn to send. Only those are waited for that are sending, and they wait for the link alone.
+  __device__ __forceinline__ void begin_turn() {
+    if (args.senders == 0) return;
+    const int64_t turn =
+        count_arrival_relaxed(args.control + TPO_CONTROL_TURNS_BEGUN);  // relaxed: about the link, not data
+    while (local_peek_relaxed(args.control + TPO_CONTROL_TURNS_ENDED) + args.senders <= turn) {
+    }
+    trace.end(TPO_TRACE_AWAIT_TURN);
+  }
+
+  __device__ __forceinline__ void end_turn() {
+    if (args.senders != 0) count_arrival_relaxed(args.control + TPO_CONTROL_TURNS_ENDED);
+  }
+
   // The tile in the buffer to a peer's memory. last: the block computes no other.
   __device__ __forceinline__ void send_tile(char* to, bool last) {
     const uint32_t piece = last ? Shape::kTileBytes : args.piece_bytes;
@@ -247,9 +263,13 @@ struct Courier {
 
   // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written.
   __device__ __forceinline__ void push_partial(const Work& work, bool last) {
-    if (!failed) send_tile(staged_partial<Shape>(args, args.rank, work.owner, work.tile), last);
+    if (!failed) {
+      begin_turn();
+      send_tile(staged_partial<Shape>(args, args.rank, work.owner, work.tile), last);
+    }
     free_staging();
     if (!failed) {
+      end_turn();
       wait_stores_written<0>();
       order_with_tma();
       notify(partial_flag(args, args.rank, work.owner, work.tile), word);

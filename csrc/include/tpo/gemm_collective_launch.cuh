@@ -13,8 +13,8 @@ constexpr int kMaxWorldOfGemm = 8;
 // What api.h asks of TpoGemmCollectiveArgs; room in the arena is another question.
 inline bool is_sound(const TpoGemmCollectiveArgs& args) {
   return is_sound(args.gemm) && args.world_size >= 2 && args.world_size <= kMaxWorldOfGemm && args.rank >= 0 &&
-         args.rank < args.world_size && args.blocks > 0 && args.lead_tiles >= 0 &&
-         args.piece_bytes >= 256 && args.piece_bytes % 16 == 0;
+         args.rank < args.world_size && args.blocks > 0 && args.lead_tiles >= 0 && args.piece_bytes >= 256 &&
+         args.piece_bytes % 16 == 0 && args.senders >= 0;
 }
 
 // Whether each of an owner's peers can stage its tiles, and raise a flag for each.

@@ -63,9 +63,12 @@ struct TileOwners {
 // ourselves). run: tiles of an owner.
 // lead = 0: all tiles of the next rank, then of the one after it, ..., our own last.
 // Else so many of each peer's, then in turn one of each peer's and one of our own, then what is left of our own: pushes are
-// spread over the whole call, and with W = 2 and an even number of clusters half of the blocks push while the others add.
-// Either way our own tile n stands behind the tile n that any peer computes for us, in steps that all ranks count alike.
-__host__ __device__ __forceinline__ int turn_of(int step, int run, int world_size, int lead, int* number) {
+// spread over the whole call.
+// wave: steps that are computed at a time. Where it is a multiple of world_size, a block would always compute for the same
+// rank: from wave to wave those of a round change places, so that each block pushes and adds by turns.
+// In any case our own tile n stands behind the tile n that any peer computes for us, in steps that all ranks count alike,
+// though their waves may differ: a round is behind by `lead` rounds, at least one.
+__host__ __device__ __forceinline__ int turn_of(int step, int run, int world_size, int lead, int wave, int* number) {
   const int peers = world_size - 1;
   if (lead == 0 || lead >= run) {
     *number = step % run;
@@ -81,8 +84,10 @@ __host__ __device__ __forceinline__ int turn_of(int step, int run, int world_siz
     *number = step - rounds * peers;
     return world_size;
   }
-  const int turn = 1 + step % world_size;
-  *number = step / world_size + (turn == world_size ? 0 : lead);
+  const int round = step / world_size;
+  const int shift = wave % world_size == 0 ? round * world_size / wave : 0;
+  const int turn = 1 + (step + shift) % world_size;
+  *number = round + (turn == world_size ? 0 : lead);
   return turn;
 }
 
@@ -98,9 +103,9 @@ class Itinerary {
     const int run = owners_.tiles_per_owner();
     while (!found && !is_over()) {
       int number;
-      const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, &number);
+      const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, clusters(), &number);
       found = owners_.template find<Shape>((args_.rank + turn) % args_.world_size, number, rank_in_cluster_, work);
-      step_ += gridDim.x / Shape::kCluster;
+      step_ += clusters();
     }
     return found;
   }
@@ -109,6 +114,8 @@ class Itinerary {
   __device__ __forceinline__ bool is_over() const { return step_ >= args_.world_size * owners_.tiles_per_owner(); }
 
  private:
+  __device__ __forceinline__ int clusters() const { return gridDim.x / Shape::kCluster; }
+
   const Owners& owners_;
   const TpoGemmCollectiveArgs& args_;
   uint32_t rank_in_cluster_;

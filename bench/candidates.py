@@ -69,6 +69,8 @@ _SM90 = {  # columns of a tile, staging buffers, lead, bytes of a piece, senders
         (128, 1, 66, *_PIECES, 256),
         (128, 2, 66, _WHOLE, _BY_TURNS, 1024),
         (256, 1, 33, _WHOLE, 16, 2048),
+        (256, 1, 66, _WHOLE, 16, 1024),
+        (256, 1, 66, *_PIECES, 2048),
     ),
     GEMM_REDUCE_SCATTER: (
         (128, 1, 0, *_PIECES, 256),
@@ -78,6 +80,7 @@ _SM90 = {  # columns of a tile, staging buffers, lead, bytes of a piece, senders
         (128, 2, 66, _WHOLE, _BY_TURNS, 512),
         (128, 2, 66, *_PIECES, 1024),
         (256, 1, 66, _WHOLE, 16, 1024),
+        (256, 1, 66, *_PIECES, 2048),
         (256, 1, 33, _WHOLE, 16, 2048),
     ),
 }

@@ -29,8 +29,9 @@
 // Live (no one waits for ever). The grid is no larger than what is resident at a time, and each block walks its tiles in
 //   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
 //   of step 1 that stand before them in that order on every rank, and the collector, whom nobody waits for, for tiles of
-//   step 2. A courier raises the flag of a partial before it waits for another; where a fetcher waits for them, a block's
-//   push needs only what it does before in that order. So one cluster of blocks is enough.
+//   step 2. A courier raises the flags of what it has sent before it waits for a partial; where a fetcher waits for them, a
+//   block's push needs only what it does before in that order. So one cluster of blocks is enough. A turn to send is waited
+//   for while others send, who wait for the link alone.
 #include <cuda_runtime.h>
 
 #include "api.h"
@@ -99,25 +100,25 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   Work work;
   bool found = itinerary.next(&work), fetched = false;
   while (found) {
-    if (work.owner != args.rank) {
+    const int owner = work.owner, tile = work.tile;
+    if (owner != args.rank) {
       courier.await_staged(work);
       courier.push_partial(work, itinerary.is_over());
-      found = itinerary.next(&work);
-      continue;
+    } else {
+      if (Shape::kStagings == 1) {  // else the fetcher does
+        if (!fetched) courier.fetch_partial(tile, 0);
+        courier.fetch_other_partials(tile);
+      }
+      courier.await_staged(work);
+      push_sum(courier, params, work, itinerary.is_over());
     }
-    if (Shape::kStagings == 1) {  // else the fetcher does
-      if (!fetched) courier.fetch_partial(work.tile, 0);
-      courier.fetch_other_partials(work.tile);
-    }
-    courier.await_staged(work);
-    push_sum(courier, params, work, itinerary.is_over());
-    // With one buffer the next partial is fetched before the flags are raised, which a busy link delays by as much as a
-    // tile takes. Nobody whom we wait for there waits for these flags. (For those of partials the same would be a deadlock.)
-    const int tile = work.tile;
     found = itinerary.next(&work);
-    fetched = Shape::kStagings == 1 && found && work.owner == args.rank;
-    if (fetched) courier.fetch_partial(work.tile, 0);
-    publish_sum(courier, params, tile);
+    fetched = courier.fetch_early(found, work);
+    if (owner != args.rank) {
+      courier.publish_partial(owner, tile);
+    } else {
+      publish_sum(courier, params, tile);
+    }
   }
   return courier.failed && !courier.failed_before;
 }

@@ -27,7 +27,7 @@
 //   rising order: tiles of step 1 wait for nobody (but for the end of the peers' previous call), those of step 2 for tiles
 //   of step 1 that stand before them in that order on every rank. A courier raises the flag of one tile before it waits for
 //   those of the next; where a fetcher waits for them, a block's push needs only what it does before in that order. So
-//   one cluster of blocks is enough.
+//   one cluster of blocks is enough. A turn to send is waited for while others send, who wait for the link alone.
 #include <cuda_runtime.h>
 
 #include "api.h"
@@ -48,19 +48,27 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   Courier<Shape> courier(args, memory, kOpReduceScatter);
   courier.await_done();
   Itinerary<Shape, RowOwners> itinerary(params.owners, args, rank_in_cluster);
-  for (Work work; itinerary.next(&work);) {
+  Work work;
+  bool found = itinerary.next(&work), fetched = false;
+  while (found) {
     if (work.owner != args.rank) {
       courier.await_staged(work);
       courier.push_partial(work, itinerary.is_over());
-    } else {
-      if (Shape::kStagings == 1) {  // else the fetcher does
-        courier.fetch_partial(work.tile, 0);
-        courier.fetch_other_partials(work.tile);
-      }
-      courier.await_staged(work);
-      if (work.in_sum.row < params.owners.rows_of(args.rank)) courier.store_sum(&params.out, work);
-      courier.free_staging();
+      const int owner = work.owner, tile = work.tile;
+      found = itinerary.next(&work);
+      fetched = courier.fetch_early(found, work);
+      courier.publish_partial(owner, tile);
+      continue;
     }
+    if (Shape::kStagings == 1) {  // else the fetcher does
+      if (!fetched) courier.fetch_partial(work.tile, 0);
+      courier.fetch_other_partials(work.tile);
+    }
+    courier.await_staged(work);
+    if (work.in_sum.row < params.owners.rows_of(args.rank)) courier.store_sum(&params.out, work);
+    courier.free_staging();
+    found = itinerary.next(&work);
+    fetched = false;
   }
   courier.leave();
   return courier.failed && !courier.failed_before;

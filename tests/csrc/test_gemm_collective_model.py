@@ -240,7 +240,7 @@ class Block:
                 self.free[buffer] += 1
                 if error != "turn not ended":
                     self.end_turn()
-                if error == "fetch before the flag" and own_follows:
+                if own_follows and (error == "fetch before the flag" or self.has_come(following[1])):
                     yield from self.fetch(buffer, following[1], 0)
                     fetched = following
                 if error != "flag when read":
@@ -265,7 +265,7 @@ class Block:
             yield self.read
             self.free[buffer] += 1
             self.end_turn()
-            if own_follows:
+            if own_follows and self.has_come(following[1]):
                 yield from self.fetch(buffer, following[1], 0)
                 fetched = following
             if error != "flag when read":
@@ -274,6 +274,9 @@ class Block:
                 self.machine.ranks[peer].result_flags[self.rank, tile] = self.epoch
         if self.call.op == "scatter":
             yield from self.leave()
+
+    def has_come(self, tile: int) -> bool:
+        return self.me.partial_flags.get((tile, int(self.rank == 0)), 0) >= self.epoch
 
     def begin_turn(self):
         if self.call.senders:

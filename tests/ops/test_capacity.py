@@ -95,6 +95,11 @@ def test_elements_of_all_reduce():
         assert n * 2 <= at.one_shot_bytes and -(-n // COPY_BLOCKS[0]) <= at.one_shot_tiles
 
 
+def test_an_all_reduce_of_as_much_as_init_was_told_of_is_one_call():
+    for capacity in ((2048, 8192, 2), (1024, 4096, 4)):
+        assert elements_that_fit(arena(*capacity), Plan("two_shot"), 2) == capacity[0] * capacity[1]
+
+
 def test_a_kept_launch_is_not_used_for_wider_integers():
     """Triton passes 2**31 and more as i64, and the kernel that it compiled for i32 takes no such number."""
     assert specialisation(1 << 30) != specialisation(1 << 31)

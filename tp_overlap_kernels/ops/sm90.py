@@ -20,8 +20,6 @@ from ..memory.turn import stream_of
 from .arena_words import DTYPE_CODES, of_arena
 from .operands import describe
 
-_NUMBERS = ("group_m", "lead", "piece", "senders")  # of a plan, in the order in which the launcher takes them
-
 
 def run(
     arena: Arena, op: str, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
@@ -35,6 +33,7 @@ def run(
     if bias is not None and bias.data_ptr() % 4:
         bias = bias.clone()
     a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
+    numbers = (plan["group_m"], plan["lead"], plan["piece"], plan["senders"])
     issued = IssuedSm90(
         arena,
         op,
@@ -42,7 +41,7 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (SCHEDULES[plan["block_n"], plan["stagings"]], *(plan[name] for name in _NUMBERS), word),
+        (SCHEDULES[plan["block_n"], plan["stagings"]], *numbers, word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
@@ -76,7 +75,7 @@ class IssuedSm90:
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Schedule, int, int, int, int, int]  # schedule, what _NUMBERS says, call hash
+    rest: tuple[Schedule, int, int, int, int, int]  # schedule, group_m, lead, piece, senders, call hash
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""

@@ -212,6 +212,18 @@ struct Courier {
     }
   }
 
+  // With one buffer, which is free: the first partial of the next tile, if that is an own one and if it has come. Done before
+  // the flags of what was sent are raised, for which a busy link lets us wait. Nothing may be waited for here: a peer may
+  // wait for one of those flags. Returns whether it is on its way.
+  __device__ __forceinline__ bool fetch_early(bool found, const Work& next) {
+    if (Shape::kStagings != 1 || !found || next.owner != args.rank || failed) return false;
+    const int peer = args.rank == 0 ? 1 : 0;  // at the first place in rank order
+    // relaxed: fetch_partial acquires
+    if (peek_relaxed(partial_flag(args, peer, args.rank, next.tile)) >> 16 < word >> 16) return false;
+    fetch_partial(next.tile, 0);
+    return true;
+  }
+
   // All partials but the first, each when the one before has been added.
   __device__ __forceinline__ void fetch_other_partials(int tile) {
     for (int place = 1; place < args.world_size - 1; ++place) {
@@ -261,19 +273,24 @@ struct Courier {
     }
   }
 
-  // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written.
+  // A peer's tile to its owner. Its buffer is free as soon as it has been read; the flag waits until it has been written:
+  // publish_partial.
   __device__ __forceinline__ void push_partial(const Work& work, bool last) {
     if (!failed) {
       begin_turn();
       send_tile(staged_partial<Shape>(args, args.rank, work.owner, work.tile), last);
     }
     free_staging();
+    if (!failed) end_turn();
+  }
+
+  __device__ __forceinline__ void publish_partial(int owner, int tile) {
     if (!failed) {
-      end_turn();
       wait_stores_written<0>();
       order_with_tma();
-      notify(partial_flag(args, args.rank, work.owner, work.tile), word);
+      notify(partial_flag(args, args.rank, owner, tile), word);
     }
+    trace.of(owner, tile);
     trace.end(TPO_TRACE_PUBLISH);
   }
 

@@ -29,6 +29,7 @@ SCATTER, SUM = OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
 EVERY = list(itertools.product(OPS, SCHEDULES, (0, 1, 3)))  # op, columns of a tile and stagings, lead
 # Bytes of a piece (some of a tile, all of it, such as do not divide it) and how many blocks send at a time.
 WAYS = ((4096, 0), (1 << 16, 1), (4112, 3))
+DATA = 5  # sets of operands that the calls of a row take in turn: what an older call left is other data
 CODES = {BF16: 0, FP16: 1}
 EPOCH, FAILED = 0, 4  # words of control
 ABORT, STATE, CODE, OP, RANK, PEER, WANTED = 0, 1, 2, 3, 4, 5, 7  # words of the record
@@ -122,10 +123,9 @@ def play(
 ):
     """The calls in a row on every rank, nothing between them; all are judged. calls: op, key of SCHEDULES, lead."""
     W = case.world_size
-    operands = [
-        [tuple(x.cuda() for x in inputs.operands(case, r, kind, i)) for r in range(W)] for i in range(len(calls))
-    ]
-    biases = [inputs.bias(case, i, "cuda") if with_bias else None for i in range(len(calls))]
+    operands = [[tuple(x.cuda() for x in inputs.operands(case, r, kind, i)) for r in range(W)] for i in range(DATA)]
+    biases = [inputs.bias(case, i, "cuda") if with_bias else None for i in range(DATA)]
+    exacts = [truth.gemm_all_reduce(case, kind, i, with_bias, "cuda") for i in range(min(DATA, len(calls)))]
     outs = []
     for op, _, _ in calls:
         rows = [case.M if op == SUM else case.rows_of(r).stop - case.rows_of(r).start for r in range(W)]
@@ -135,12 +135,14 @@ def play(
         if rank == late:
             with torch.cuda.stream(group.ranks[rank].stream):
                 torch.cuda._sleep(5 * CLOCKS_PER_MS)
-        for i, ((op, cut, lead), abs_, bias, out) in enumerate(zip(calls, operands, biases, outs, strict=True)):
-            group.enqueue(rank, op, cut, *abs_[rank], bias, out[rank], lead=lead, way=WAYS[i % len(WAYS)])
+        for i, ((op, cut, lead), out) in enumerate(zip(calls, outs, strict=True)):
+            a, b = operands[i % DATA][rank]
+            way = WAYS[i % len(WAYS)]
+            group.enqueue(rank, op, cut, a, b, biases[i % DATA], out[rank], lead=lead, way=way)
     torch.cuda.synchronize()
     group.expect_no_failure()
     for i, ((op, cut, lead), out) in enumerate(zip(calls, outs, strict=True)):
-        exact = truth.gemm_all_reduce(case, kind, i, with_bias, "cuda")
+        exact = exacts[i % DATA]
         for rank in range(W):
             part = exact if op == SUM else exact.rows(case.rows_of(rank))
             what = f"call {i}, {op}, columns and stagings {cut}, lead {lead}, rank {rank}"

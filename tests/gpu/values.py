@@ -18,7 +18,7 @@ from tp_overlap_kernels.lang.signal import LAST_EPOCH
 
 MAX_M, MAX_N = 64, PATTERNS
 OPS = torch.ops.tp_overlap
-OWNER_FIRST = ("two_shot", "push", "chunked")
+OWNER_FIRST = ("two_shot", "push", "chunked", "sm90")
 
 
 def every_bit_pattern_is_summed(rank: int, world_size: int) -> None:

@@ -20,7 +20,7 @@ import tp_overlap_kernels as tpo
 from tests.proof import payload, ranks
 from tests.proof.report import Found
 
-FREE_SMS = (1, 8, 66)
+FREE_SMS = (1, 66)
 HELD = tl.constexpr(65536)  # f32 values a CTA keeps in registers: 64 a thread
 WARPS = 32
 HOG_S = 8.0  # its own limit, longer than any timeout here
@@ -86,7 +86,7 @@ def run(rank: int, world_size: int, machine: ranks.Machine, calls: int, timeout_
     hog = Hog(ranks.take_device(rank, machine))
     with ranks.arena(rank, machine, max_M=512, max_N=1024):
         rows = payload.rows(payload.FEW_SIZES[machine.kind])
-        picked = list({(row.op, row.plan): row for row in rows}.values())  # the largest of each
+        picked = list({(row.op, row.plan): row for row in rows if not is_twofold(row)}.values())  # the largest of each
         tables = payload.Tables(rank, world_size, hog.device, rows, calls, seed)
         for index in range(len(picked)):
             payload.Eager(tables, picked, 1).call(index)
@@ -120,8 +120,14 @@ def run(rank: int, world_size: int, machine: ranks.Machine, calls: int, timeout_
         if rank == 0:
             found.failures += line.pop("failures")
             found.rows.append(line)
+            print(line, flush=True)
     found.counts |= {"calls a trial": calls, "timeout s": timeout_s, "seconds": round(time.monotonic() - begun, 1)}
     return found
+
+
+def is_twofold(row: payload.Row) -> bool:
+    """cuBLAS, which waits for nobody, and then an all-reduce, which has trials of its own. A trial takes seconds."""
+    return row.op == "gemm_all_reduce" and row.plan.startswith("unfused")
 
 
 def _wait_for_calls(arena, limit_s: float) -> None:

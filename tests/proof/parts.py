@@ -98,7 +98,7 @@ PARTS = {
     "fuzz": Part(_fuzz, "random cases", {"cuda": 2000, "cpu": 200}, 240),
     "delay": Part(_delay, "settings of a sweep", {"cuda": 90, "cpu": 12}, 300),
     "faults": Part(_faults, "faults", {"cuda": 20, "cpu": 20}, 240),
-    "hog": Part(_hog, "calls a trial", {"cuda": 4, "cpu": 2}, 300),
+    "hog": Part(_hog, "calls a trial", {"cuda": 4, "cpu": 2}, 400),
     "sanitizer": Part(_sanitizer, "tools", {"cuda": 3, "cpu": 3}, 400),
 }
 

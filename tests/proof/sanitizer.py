@@ -1,6 +1,8 @@
 """compute-sanitizer over small calls of every op and plan, each rank in a process of its own under the tool.
 
-initcheck sees what this process and its kernels write, and not what a peer does: for it the arena is filled first.
+initcheck sees what this process's kernels store, and neither what a peer does nor what the copy engine of an SM brings:
+for it the arena is filled first, and so is every tensor that torch makes. Of a result that was not written it then says
+nothing; the comparison does, since what fills it is NaN.
 A tool that is not there, or refuses the machine, is a violation: nothing was checked. The same program runs without a
 tool before: it compiles the kernels for all of them, which under a tool takes minutes.
 """
@@ -18,6 +20,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from tests.proof import payload, ranks
@@ -121,6 +124,7 @@ def _rank(tool: str, rank: int, machine: ranks.Machine, store: str) -> None:
     )
     with ranks.arena(rank, machine, max_M=512, max_N=1024, timeout_s=PATIENCE_S) as arena:
         if tool == "initcheck":
+            torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
             arena.store.buffer[arena.layout.one_shot :].zero_()
             ranks.synchronise(arena.device)
             ranks.gather(None)

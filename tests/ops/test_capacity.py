@@ -8,7 +8,7 @@ import types
 import pytest
 
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology
-from tp_overlap_kernels.dispatch.select import default_params
+from tp_overlap_kernels.dispatch.defaults import default_params
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.lang.launch import specialisation
 from tp_overlap_kernels.memory.layout import layout, pitch, rows_per_rank

@@ -5,7 +5,8 @@ import torch
 
 import tp_overlap_kernels as tpo
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
-from tp_overlap_kernels.dispatch.select import STAGINGS_SM90, rows_of_whole_tiles, why_not
+from tp_overlap_kernels.dispatch.defaults import STAGINGS_SM90
+from tp_overlap_kernels.dispatch.select import rows_of_whole_tiles, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
 from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
 from tp_overlap_kernels.memory import arena as arenas

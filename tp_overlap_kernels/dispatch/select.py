@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ..errors import InvalidInput
+from .defaults import STAGINGS_SM90, default_params
 from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
@@ -29,13 +30,14 @@ ONE_SHOT_MAX_SENT_BYTES = 1 * MIB
 # The CUDA kernel for decode before it: 9.1 us against 11.0 at N=4096 K=2048 M=16, 61.6 against 62.8 at N=8192 K=14784
 # M=1. At M=64 it wins in three of six layers.
 DECODE_FIRST_MAX_M = 16
+DECODE_MAX_M = 128  # of the kernel
 # Between decode and prefill cuBLAS and a collective of ours: the GEMM has too few tiles to hide its epilogues behind.
 # Measured at M=512: level with the fused kernels at N=8192 K=4096 (79.2 us against 79.7), ahead at N=4096 K=7168 (58.8
 # against 65.6).
 UNFUSED_MAX_M = 512
 # The CUDA kernels for Hopper from here on: N=8192 K=4096 M=512 72.7 us against 76 of the Triton one, M=1024 125 against
 # 133. An all-reduce with K=14784 is the exception: 408 against 401 at M=1024.
-SM90_MIN_M = 512
+SM90_MIN_M, SM90_MIN_N = 512, 128
 # The collective then: one-shot up to here between two ranks (M=256, N=8192: 44.6 us with it, 48.6 with two-shot).
 UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
 # Chunked cuBLAS, W=2, needs copies large enough for the copy engine and a GEMM well longer than the transfer, which
@@ -59,30 +61,6 @@ INTERP_ONE_SHOT_MAX_BYTES = 64 * KIB
 # ONE_SHOT_MAX_M a fused plan is taken that measured up to this much slower in a graph, where the host does not count.
 WORTH_A_LAUNCH = 1.1
 ONE_LAUNCH = ("one_shot", "decode", "two_shot", "push")
-
-# ---- tiles
-
-# Large M. Stock Triton on H200: within 3 % of cuBLAS on nearly the whole grid.
-TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3, "num_warps": 8, "group_m": 8}
-# The same where 128 x 256 tiles would leave SMs idle (N=4096, M=512).
-TILES_FEW = {"block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4, "num_warps": 8, "group_m": 8}
-FEW_TILES = 128  # SMs of an H100 or H200 (132), a little less so that a grid just short of full still takes large tiles
-# The CUDA kernels for Hopper. 24 blocks that send at a time fill the link of an H200, also beside products; `piece`: no
-# tile is larger, so each goes whole.
-STAGINGS_SM90 = {128: (1, 2), 256: (1,)}  # buffers on the way to peers, by columns of a tile; more have no room
-TILES_SM90 = {"block_n": 128, "group_m": 8, "stagings": 1, "piece": 65536, "senders": 24}
-# Tiles of each peer before the first own one: half a wave of 66 pairs of blocks where sums are pushed, too; else one.
-LEAD_SM90 = {"gemm_all_reduce": 33, "gemm_reduce_scatter": 66}
-# Decode: a block owns BLOCK_N columns over the whole of K. 64 columns give 128 blocks at N=8192, 32 at N=4096.
-TILES_SMALL_M = {"block_k": 128, "num_stages": 4, "num_warps": 4, "group_m": 1}
-# The CUDA decode kernel: as many blocks as there are SMs, or a few less. Above 32 rows of a, tiles of 128 rows of b:
-# every tile reads a again, which is then at most a third of what comes out of L2. By a model; not measured.
-DECODE_MAX_M, DECODE_WIDE_TILE_MIN_M, DECODE_SMS = 128, 33, 132
-DECODE_MIN_K = 256  # of a part: four stages
-# Interpreter: small enough that small shapes have several tiles.
-TILES_INTERP = {"block_m": 32, "block_n": 32, "block_k": 32, "num_stages": 2, "num_warps": 4, "group_m": 2}
-# Two chunks each for the peer's and the own rows: the best of 1, 2 and 4 nearly everywhere.
-CHUNKS = {"chunks": 2, "own_chunks": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +164,6 @@ _CUDA_ONLY = (
     *("decode", "sm90", "sentinel", "unfused_sentinel", "sentinel_norm", "unfused_sentinel_norm"),
     *("nccl", "unfused_nccl"),
 )
-_TILED = ("one_shot", "two_shot", "push")
 
 
 def _only_plan(topology: Topology) -> str | None:
@@ -319,7 +296,7 @@ def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
 
 def _sm90(problem: Problem) -> list[tuple[str, str]]:
     """Its tiles are whole: with few columns most of each would be padding."""
-    fits = problem.M >= SM90_MIN_M and problem.N >= TILES_SM90["block_n"]
+    fits = problem.M >= SM90_MIN_M and problem.N >= SM90_MIN_N
     return [("sm90", f"M >= {SM90_MIN_M}: copies of a CUDA kernel hide behind its products")] if fits else []
 
 
@@ -398,36 +375,5 @@ def _forced(problem: Problem, topology: Topology, forced: str) -> Plan:
 
 
 def _complete(plan: Plan, problem: Problem, topology: Topology) -> Plan:
-    return plan.with_defaults(default_params(plan.name, _served(plan.name, problem), topology))
-
-
-def default_params(name: str, problem: Problem, topology: Topology) -> dict[str, int]:
-    """Parameters of plan `name` where nobody gave any: the constants of this file, fitted to the shape."""
-    if name == "chunked":
-        return CHUNKS
-    if name == "decode":
-        return _decode_params(problem)
-    if name == "sm90":
-        return TILES_SM90 | {"lead": -(-LEAD_SM90[problem.op] // (problem.world_size - 1))}
-    if problem.op == "all_reduce" or name not in _TILED:
-        return {}
-    if topology.backend == "interp":
-        return TILES_INTERP
-    if name == "one_shot":
-        block_m = 16 if problem.M <= 16 else 32 if problem.M <= 32 else 64
-        # 128 for a vocabulary: the one-shot pad has flags for 2048 tiles.
-        block_n = 32 if problem.N <= 4096 else 64 if problem.N <= 65536 else 128
-        return TILES_SMALL_M | {"block_m": block_m, "block_n": block_n}
-    large = TILES_LARGE_M
-    tiles = -(-problem.M // large["block_m"]) * -(-problem.N // large["block_n"])
-    return large if tiles >= FEW_TILES else TILES_FEW
-
-
-def _decode_params(problem: Problem) -> dict[str, int]:
-    """Tiles of the weight's rows, and in how many parts K is split so that there is a block for every SM."""
-    block_n = 128 if DECODE_WIDE_TILE_MIN_M <= problem.M <= 64 else 64
-    tiles = -(-problem.N // block_n)
-    splits = 1
-    while splits < 8 and 2 * splits * tiles <= DECODE_SMS and problem.K >= 2 * splits * DECODE_MIN_K:
-        splits *= 2
-    return {"block_n": block_n, "splits": splits}
+    served = _served(plan.name, problem)
+    return plan.with_defaults(default_params(plan.name, served, topology, dict(plan.params)))

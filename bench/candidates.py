@@ -57,31 +57,41 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
-# The CUDA kernels for Hopper, with own tiles last and among the others. Tiles are sent whole, by as many blocks at a
-# time as fill the link, or in small pieces by all, which delays products least where they take longer than the link.
+# The CUDA kernels for Hopper, with own tiles last and among the others: a wave of each peer's first, or half of one. Tiles
+# are sent whole, by as many blocks at a time as fill the link, or in small pieces by all, which delays products least
+# where they take longer than the link. A wave has half as many clusters of four.
 _WHOLE, _BY_TURNS, _PIECES = 65536, 24, (512, 0)
-_SM90 = {  # columns of a tile, staging buffers, lead, bytes of a piece, senders, least M
+_PAIR, _QUAD, _ROW = (2, 1), (2, 2), (1, 2)  # rows and columns of blocks in a cluster
+_SM90 = {  # columns of a tile, staging buffers, cluster, lead, bytes of a piece, senders, least M
     GEMM_ALL_REDUCE: (
-        (128, 1, 0, _WHOLE, _BY_TURNS, 256),
-        (128, 1, 66, _WHOLE, _BY_TURNS, 256),
-        (128, 1, 66, _WHOLE, 32, 512),
-        (128, 1, 33, *_PIECES, 1024),
-        (128, 1, 66, *_PIECES, 256),
-        (128, 2, 66, _WHOLE, _BY_TURNS, 1024),
-        (256, 1, 33, _WHOLE, 16, 2048),
-        (256, 1, 66, _WHOLE, 16, 1024),
-        (256, 1, 66, *_PIECES, 2048),
+        (128, 1, _PAIR, 0, _WHOLE, _BY_TURNS, 256),
+        (128, 1, _PAIR, 66, _WHOLE, _BY_TURNS, 256),
+        (128, 1, _PAIR, 66, _WHOLE, 32, 512),
+        (128, 1, _PAIR, 33, *_PIECES, 1024),
+        (128, 1, _PAIR, 66, *_PIECES, 256),
+        (128, 1, _QUAD, 33, _WHOLE, _BY_TURNS, 512),
+        (128, 1, _QUAD, 33, *_PIECES, 512),
+        (128, 1, _QUAD, 16, *_PIECES, 1024),
+        (128, 2, _PAIR, 66, _WHOLE, _BY_TURNS, 1024),
+        (256, 1, _PAIR, 33, _WHOLE, 16, 2048),
+        (256, 1, _PAIR, 66, _WHOLE, 16, 1024),
+        (256, 1, _PAIR, 66, *_PIECES, 2048),
     ),
     GEMM_REDUCE_SCATTER: (
-        (128, 1, 0, *_PIECES, 256),
-        (128, 1, 66, _WHOLE, _BY_TURNS, 256),
-        (128, 1, 33, *_PIECES, 1024),
-        (128, 2, 0, _WHOLE, _BY_TURNS, 256),
-        (128, 2, 66, _WHOLE, _BY_TURNS, 512),
-        (128, 2, 66, *_PIECES, 1024),
-        (256, 1, 66, _WHOLE, 16, 1024),
-        (256, 1, 66, *_PIECES, 2048),
-        (256, 1, 33, _WHOLE, 16, 2048),
+        (128, 1, _PAIR, 0, *_PIECES, 256),
+        (128, 1, _PAIR, 66, _WHOLE, _BY_TURNS, 256),
+        (128, 1, _PAIR, 33, *_PIECES, 1024),
+        (128, 2, _PAIR, 0, _WHOLE, _BY_TURNS, 256),
+        (128, 2, _PAIR, 66, _WHOLE, _BY_TURNS, 512),
+        (128, 2, _PAIR, 66, *_PIECES, 1024),
+        (128, 2, _QUAD, 0, _WHOLE, _BY_TURNS, 512),
+        (128, 2, _QUAD, 33, _WHOLE, _BY_TURNS, 512),
+        (128, 2, _QUAD, 33, *_PIECES, 1024),
+        (128, 2, _ROW, 0, _WHOLE, _BY_TURNS, 128),
+        (128, 2, _ROW, 0, *_PIECES, 128),
+        (256, 1, _PAIR, 66, _WHOLE, 16, 1024),
+        (256, 1, _PAIR, 66, *_PIECES, 2048),
+        (256, 1, _PAIR, 33, _WHOLE, 16, 2048),
     ),
 }
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
@@ -113,11 +123,11 @@ def _staged(name: str) -> list[Candidate]:
 
 
 def _sm90(op: str) -> list[Candidate]:
-    names = ("block_n", "group_m", "lead", "stagings", "piece", "senders")
+    names = ("block_n", "group_m", "lead", "stagings", "piece", "senders", "cluster_m", "cluster_n")
     return [
-        Candidate("sm90:" + ",".join(f"{k}={v}" for k, v in zip(names, (cols, 8, lead, *rest), strict=True)), least)
-        for cols, stagings, lead, piece, senders, least in _SM90[op]
-        for rest in [(stagings, piece, senders)]
+        Candidate("sm90:" + ",".join(f"{k}={v}" for k, v in zip(names, numbers, strict=True)), least)
+        for cols, stagings, cluster, lead, piece, senders, least in _SM90[op]
+        for numbers in [(cols, 8, lead, stagings, piece, senders, *cluster)]
     ]
 
 

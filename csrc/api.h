@@ -127,13 +127,17 @@ typedef struct TpoGemmArgs {
   int32_t group_rows; /* rows of cluster tiles that are walked through together; at least 1 */
 } TpoGemmArgs;
 
-/* Tile of a block; PAIR: two blocks share their columns of b; PING_PONG: see tpo/gemm_block.cuh. The tiles of a
- * pair together have 256 rows (ping-pong: 128). TWO_STAGINGS: see tpo/gemm_collective.cuh. */
+/* Tile of a block; PAIR: two blocks share their columns of b; QUAD: two by two blocks share b, and a; ROW: two blocks share
+ * their rows of a; PING_PONG: see tpo/gemm_block.cuh. The tiles of a pair or a quad together have 256 rows (ping-pong:
+ * 128). TWO_STAGINGS: see tpo/gemm_collective.cuh. */
 enum TpoGemmSchedule {
   TPO_GEMM_128X256_PAIR = 0,
   TPO_GEMM_PING_PONG_64X256_PAIR = 1, /* tpo_gemm alone */
   TPO_GEMM_128X128_PAIR = 2,
-  TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3 /* not tpo_gemm */
+  TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3, /* not tpo_gemm, and so from here on */
+  TPO_GEMM_128X128_QUAD = 4,              /* all-reduce alone */
+  TPO_GEMM_128X128_QUAD_TWO_STAGINGS = 5, /* reduce-scatter alone */
+  TPO_GEMM_128X128_ROW_TWO_STAGINGS = 6   /* reduce-scatter alone */
 };
 
 /* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */
@@ -190,7 +194,7 @@ typedef struct TpoGemmCollectiveArgs {
   int64_t call_hash;  /* 16 bits; equal on all ranks if they call the same thing */
   int32_t rank;
   int32_t world_size;  /* 2..8 */
-  int32_t blocks;      /* launch at most so many; at least 2 */
+  int32_t blocks;      /* launch at most so many; at least those of a cluster */
   int32_t lead_tiles;  /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
   int32_t piece_bytes; /* of a tile that goes to a peer, two on their way at a time: a multiple of 16, at least 256 */
   int32_t senders;     /* so many blocks send a tile at a time, in the order in which they have one; 0: all */

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm(const __grid_constant__ 
     }
   } else {  // the consumers
     take_registers<kConsumerRegisters>();
-    Consumer<Shape> consumer(warpgroup - 1, params.k_blocks);
+    Consumer<Shape> consumer(warpgroup - 1, params.k_blocks, rank_in_cluster);
     for (int tile_id = cluster + consumer.team * clusters; tile_id < tiles; tile_id += Shape::kTeams * clusters) {
       float sum[Shape::kFragment];
       multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
@@ -118,7 +118,7 @@ cudaError_t launch(const TpoGemmArgs& args, cudaStream_t stream) {
   const Matrix a{args.a, args.M, args.K, args.a_stride, args.dtype};
   const Matrix b{args.b, args.N, args.K, args.b_stride, args.dtype};
   const Matrix out{args.out, args.M, args.N, args.out_stride, args.dtype};
-  if (const cudaError_t error = make_map(&params.a, a, Shape::kTileM)) return error;
+  if (const cudaError_t error = make_map(&params.a, a, Shape::kRowsOfALoaded)) return error;
   if (const cudaError_t error = make_map(&params.b, b, Shape::kRowsOfBLoaded)) return error;
   if (const cudaError_t error = make_map(&params.out, out, kRowsOfWarpgroup)) return error;
   params.bias = args.bias;
@@ -144,11 +144,11 @@ constexpr Variant variant() {
   return Variant{{launch<Bf16, Shape>, launch<Fp16, Shape>}, {prepare<Bf16, Shape>, prepare<Fp16, Shape>}};
 }
 
-// By TpoGemmSchedule. Columns, teams, cluster, stages, chunks of staging.
+// By TpoGemmSchedule. Columns, teams, rows and columns of a cluster, stages, chunks of staging.
 constexpr Variant kVariants[] = {
-    variant<GemmShape<256, 1, 2, 3, 4>>(),
-    variant<GemmShape<256, 2, 2, 5, 1>>(),
-    variant<GemmShape<128, 1, 2, 6, 2>>(),
+    variant<GemmShape<256, 1, 2, 1, 3, 4>>(),
+    variant<GemmShape<256, 2, 2, 1, 5, 1>>(),
+    variant<GemmShape<128, 1, 2, 1, 6, 2>>(),
 };
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 

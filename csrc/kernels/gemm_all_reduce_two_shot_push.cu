@@ -284,11 +284,12 @@ struct Host {
   static cudaError_t prepare() { return allow_shared<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>); }
 };
 
-// By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
-constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 3, 1, 2>>(),
+// By TpoGemmSchedule. Columns, rows and columns of a cluster, stages, stagings, boxes in transit.
+constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 2, 1, 3, 1, 2>>(),
                                            {},
-                                           variant<Host, CollectiveShape<128, 5, 1, 4>>(),
-                                           variant<Host, CollectiveShape<128, 4, 2, 2>>()};
+                                           variant<Host, CollectiveShape<128, 2, 1, 5, 1, 4>>(),
+                                           variant<Host, CollectiveShape<128, 2, 1, 4, 2, 2>>(),
+                                           variant<Host, CollectiveShape<128, 2, 2, 5, 1, 4>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

@@ -126,11 +126,11 @@ struct Host {
   static cudaError_t prepare() { return allow_shared<Shape>(gemm_reduce_scatter_push<Element, Shape>); }
 };
 
-// By TpoGemmSchedule. Columns, stages, stagings, boxes in transit.
-constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 3, 1, 0>>(),
-                                           {},
-                                           variant<Host, CollectiveShape<128, 5, 1, 0>>(),
-                                           variant<Host, CollectiveShape<128, 5, 2, 0>>()};
+// By TpoGemmSchedule. Columns, rows and columns of a cluster, stages, stagings, boxes in transit.
+constexpr CollectiveVariant kVariants[] = {
+    variant<Host, CollectiveShape<256, 2, 1, 3, 1, 0>>(), {}, variant<Host, CollectiveShape<128, 2, 1, 5, 1, 0>>(),
+    variant<Host, CollectiveShape<128, 2, 1, 5, 2, 0>>(), {}, variant<Host, CollectiveShape<128, 2, 2, 5, 2, 0>>(),
+    variant<Host, CollectiveShape<128, 1, 2, 5, 2, 0>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

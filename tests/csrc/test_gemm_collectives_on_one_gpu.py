@@ -26,7 +26,8 @@ pytestmark = [
 ]
 
 SCATTER, SUM = OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
-EVERY = list(itertools.product(OPS, SCHEDULES, (0, 1, 3)))  # op, columns of a tile and stagings, lead
+KERNELS = [(op, cut) for op in OPS for cut in SCHEDULES[op]]
+EVERY = [(op, cut, lead) for (op, cut), lead in itertools.product(KERNELS, (0, 1, 3))]
 # Bytes of a piece (some of a tile, all of it, such as do not divide it) and how many blocks send at a time.
 WAYS = ((4096, 0), (1 << 16, 1), (4112, 3))
 DATA = 5  # sets of operands that the calls of a row take in turn: what an older call left is other data
@@ -61,7 +62,8 @@ class Group:
     def __init__(self, world_size: int, timeout_s: float = 5.0, blocks: int = 0):
         self.room = layout(4096, 2304, 2, world_size)
         sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self.blocks = blocks or sms // world_size // 2 * 2
+        # Half of the GPU: those of all ranks must be on it at a time, in clusters of two and of four.
+        self.blocks = blocks or sms // world_size // 8 * 4
         arenas = [torch.zeros(self.room.total_bytes, dtype=torch.uint8, device="cuda") for _ in range(world_size)]
         for arena in arenas:
             arena[self.room.staging :] = 0xFF  # NaN
@@ -99,13 +101,13 @@ class Group:
         return Rank(arena, control, record, torch.cuda.Stream(), launch)
 
     def enqueue(
-        self, rank: int, op: str, cut: tuple[int, int], a, b, bias, out, call_hash=7, lead: int = 0, way=(4096, 0)
+        self, rank: int, op: str, cut: tuple[int, ...], a, b, bias, out, call_hash=7, lead: int = 0, way=(4096, 0)
     ) -> None:
         (M, K), N, member = a.shape, b.shape[0], self.ranks[rank]
         bias_ptr = 0 if bias is None else bias.data_ptr()
         member.launch[op](
             *(a.data_ptr(), b.data_ptr(), bias_ptr, out.data_ptr(), M, N, K, a.stride(0), b.stride(0), CODES[a.dtype]),
-            *(SCHEDULES[cut], 3, lead, *way, call_hash, member.stream.cuda_stream),
+            *(SCHEDULES[op][cut], 3, lead, *way, call_hash, member.stream.cuda_stream),
         )
 
     def expect_no_failure(self) -> None:
@@ -116,12 +118,12 @@ class Group:
 def play(
     group: Group,
     case: Case,
-    calls: list[tuple[str, tuple[int, int], int]],
+    calls: list[tuple[str, tuple[int, ...], int]],
     kind: str,
     with_bias: bool,
     late: int | None = None,
 ):
-    """The calls in a row on every rank, nothing between them; all are judged. calls: op, key of SCHEDULES, lead."""
+    """The calls in a row on every rank, nothing between them; all are judged. calls: op, key of SCHEDULES[op], lead."""
     W = case.world_size
     operands = [[tuple(x.cuda() for x in inputs.operands(case, r, kind, i)) for r in range(W)] for i in range(DATA)]
     biases = [inputs.bias(case, i, "cuda") if with_bias else None for i in range(DATA)]
@@ -145,7 +147,7 @@ def play(
         exact = exacts[i % DATA]
         for rank in range(W):
             part = exact if op == SUM else exact.rows(case.rows_of(rank))
-            what = f"call {i}, {op}, columns and stagings {cut}, lead {lead}, rank {rank}"
+            what = f"call {i}, {op}, kernel {cut}, lead {lead}, rank {rank}"
             got, around = out[rank][:-1], out[rank][-1]
             check_bits(got, part, what) if kind == "integer" else check(got, part, tolerance(part), what)
             assert around.isnan().all(), f"{what}: a row past the end was written"
@@ -164,7 +166,7 @@ def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
     assert all(member.control[EPOCH] == 4 * len(EVERY) + 2 for member in group.ranks)
 
 
-@pytest.mark.parametrize("cut", SCHEDULES)
+@pytest.mark.parametrize("cut", SCHEDULES[SCATTER])
 def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it(cut):
     W, case = 4, Case(1, 64, 64, BF16, 4, "fewer rows than ranks")
     group = Group(W)
@@ -175,20 +177,21 @@ def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it(cut):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_two_blocks_a_rank_are_enough(world_size):
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_one_cluster_a_rank_is_enough(world_size, blocks):
     case = Case(1300, 1000, 136, BF16, world_size, "more tiles than blocks")
-    play(Group(world_size, blocks=2), case, EVERY, "normal", True)
+    small = [(op, cut, lead) for op, cut, lead in EVERY if SCHEDULES[op][cut].blocks <= blocks]
+    play(Group(world_size, blocks=blocks), case, small, "normal", True)
 
 
 @pytest.mark.parametrize("late", range(3))
 def test_a_late_rank_is_waited_for(late):
     group, case = Group(3), Case(900, 512, 128, BF16, 3, "three ranks")
     for _ in range(3):
-        play(group, case, [(op, cut, 1) for op, cut in itertools.product(OPS, SCHEDULES)], "normal", False, late)
+        play(group, case, [(op, cut, 1) for op, cut in KERNELS], "normal", False, late)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("cut", SCHEDULES)
+@pytest.mark.parametrize(("op", "cut"), KERNELS)
 def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
     """The order of steps within a thread, and as many products as there are tiles of a cluster of two."""
     group, case = Group(2), Case(1024, 512, 640, BF16, 2, "traced")
@@ -210,7 +213,7 @@ def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
             assert sum(each.step == "copy" for each in intervals) == len(multiplied) // 2
 
 
-def run_alone(group: Group, op: str, cut: tuple[int, int], call_hashes: dict[int, int]) -> list[torch.Tensor]:
+def run_alone(group: Group, op: str, cut: tuple[int, ...], call_hashes: dict[int, int]) -> list[torch.Tensor]:
     """Only the ranks of `call_hashes` call."""
     case = Case(512, 256, 64, BF16, len(group.ranks), "alone")
     rows = {r: case.M if op == SUM else 256 for r in call_hashes}
@@ -223,20 +226,18 @@ def run_alone(group: Group, op: str, cut: tuple[int, int], call_hashes: dict[int
     return list(outs.values())
 
 
-@pytest.mark.parametrize("cut", SCHEDULES)
-@pytest.mark.parametrize(("op", "code"), [(SUM, 1), (SCATTER, 2)])
-def test_a_peer_that_never_comes_is_named_and_the_output_is_nan(op, code, cut):
+@pytest.mark.parametrize(("op", "cut"), KERNELS)
+def test_a_peer_that_never_comes_is_named_and_the_output_is_nan(op, cut):
     group = Group(2, timeout_s=0.1)
     (out,) = run_alone(group, op, cut, {1: 7})
     record = group.ranks[1].record
     assert out.isnan().all()
-    assert [record[i] for i in (STATE, CODE, OP, RANK, PEER)] == [2, TIMEOUT, code, 1, 0]
+    assert [record[i] for i in (STATE, CODE, OP, RANK, PEER)] == [2, TIMEOUT, 1 if op == SUM else 2, 1, 0]
     assert record[WANTED] == (1 << 16 | 7)
     assert group.ranks[1].control[FAILED] == 1
 
 
-@pytest.mark.parametrize("cut", SCHEDULES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "cut"), KERNELS)
 def test_a_failed_group_touches_no_peer_and_returns_nan_at_once(op, cut):
     group = Group(2, timeout_s=0.1)
     run_alone(group, op, cut, {0: 7})
@@ -246,8 +247,7 @@ def test_a_failed_group_touches_no_peer_and_returns_nan_at_once(op, cut):
     assert out.isnan().all() and torch.equal(peer, before)
 
 
-@pytest.mark.parametrize("cut", SCHEDULES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "cut"), KERNELS)
 def test_ranks_that_call_different_things_are_named_and_store_no_sum(op, cut):
     group = Group(2)
     outs = run_alone(group, op, cut, {0: 7, 1: 8})
@@ -256,8 +256,7 @@ def test_ranks_that_call_different_things_are_named_and_store_no_sum(op, cut):
     assert [record[i] for i in (STATE, CODE, PEER)] == [2, MISMATCH, 1]
 
 
-@pytest.mark.parametrize("cut", SCHEDULES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "cut"), KERNELS)
 def test_the_host_ends_a_wait(op, cut):
     group = Group(2, timeout_s=0)
     group.ranks[0].record[ABORT] = 1

@@ -5,7 +5,7 @@ import torch
 
 import tp_overlap_kernels as tpo
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
-from tp_overlap_kernels.dispatch.defaults import STAGINGS_SM90
+from tp_overlap_kernels.dispatch.defaults import KERNEL_PARAMS_SM90, KERNELS_SM90
 from tp_overlap_kernels.dispatch.select import rows_of_whole_tiles, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
 from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
@@ -14,7 +14,7 @@ from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9")
+PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9,cluster_m=2,cluster_n=1")
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
 NAMES = (
     "a",
@@ -72,8 +72,8 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     a, b = inputs(dtype)
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
-    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "schedule": SCHEDULES[128, 2]}
-    expected |= {"group_rows": 8, "lead": 5, "piece": 2048, "senders": 9}
+    expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "group_rows": 8, "lead": 5, "piece": 2048}
+    expected |= {"schedule": SCHEDULES["gemm_all_reduce"][128, 2, 2, 1], "senders": 9}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "stream": 77}
     for _ in range(3):  # the second and the third are known
         out = kernel.op(a, b, "local", bias)
@@ -129,25 +129,32 @@ def on_h200(W: int, **limits) -> Topology:
     return Topology("NVIDIA H200", "cuda", W, native=True, **limits)
 
 
-def test_dispatch_knows_which_kernels_there_are():
-    assert set(SCHEDULES) == {(cols, stagings) for cols, all_ in STAGINGS_SM90.items() for stagings in all_}
-    assert len({schedule.code for schedule in SCHEDULES.values()}) == len(SCHEDULES)
-    assert all(schedule.cols == cols for (cols, _), schedule in SCHEDULES.items())
+@pytest.mark.parametrize("op", KERNELS_SM90)
+def test_dispatch_knows_which_kernels_there_are(op):
+    schedules = SCHEDULES[op]
+    assert set(schedules) == set(KERNELS_SM90[op])
+    assert len({schedule.code for schedule in schedules.values()}) == len(schedules)
+    for (cols, _, down, across), schedule in schedules.items():
+        assert (schedule.rows, schedule.cols, schedule.blocks) == (128 * down, cols * across, down * across)
+
+
+def plan_of(kernel) -> Plan:
+    return Plan("sm90", tuple(zip(KERNEL_PARAMS_SM90, kernel, strict=True)))
 
 
 @pytest.mark.parametrize("W", [2, 3, 4, 8])
 @pytest.mark.parametrize(("max_M", "max_N"), [(8192, 8192), (2048, 4096), (4099, 1032)])
-@pytest.mark.parametrize("cols", STAGINGS_SM90)
-def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M, max_N, cols):
-    room = layout(max_M, max_N, 2, W)
-    rows = rows_of_whole_tiles(max_N, cols, on_h200(W, **room.limits()))
+@pytest.mark.parametrize("kernel", sorted({kernel for kernels in KERNELS_SM90.values() for kernel in kernels}), ids=str)
+def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_M, max_N, kernel):
+    room, (cols, _, down, across) = layout(max_M, max_N, 2, W), kernel
+    rows = rows_of_whole_tiles(max_N, plan_of(kernel), on_h200(W, **room.limits()))
 
     def fits(rows):
-        owned = 2 * -(-(rows // W) // 256) * -(-max_N // cols)  # tiles of an owner, of either kernel
+        owned = down * -(-(rows // W) // (128 * down)) * across * -(-max_N // (cols * across))  # tiles of an owner
         staged = owned * TILE_BYTES[cols]
         return staged <= room.staging_slot_bytes and (W - 1) * staged <= room.total_bytes - room.result
 
-    assert fits(rows) and not fits(rows + 256 * W)
+    assert fits(rows) and not fits(rows + 128 * down * W)
     if max_N % 256 == 0 and max_M % (256 * W) == 0:
         assert rows == max_M
 
@@ -158,9 +165,9 @@ def test_the_rows_that_fit_have_room_and_256_rows_a_rank_more_would_not(W, max_M
     ids=["all", "staging", "flags of four ranks", "not one pair"],
 )
 def test_each_part_of_the_arena_may_be_what_limits(staged, slots, pairs):
-    topology = on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots)
-    assert rows_of_whole_tiles(256, 256, topology) == pairs * 4 * 256
-    assert rows_of_whole_tiles(257, 256, topology) == pairs // 2 * 4 * 256
+    topology, wide = on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots), plan_of((256, 1, 2, 1))
+    assert rows_of_whole_tiles(256, wide, topology) == pairs * 4 * 256
+    assert rows_of_whole_tiles(257, wide, topology) == pairs // 2 * 4 * 256
 
 
 def test_an_arena_without_room_for_its_tiles_is_left_to_another_plan():

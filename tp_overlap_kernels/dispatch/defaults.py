@@ -26,11 +26,17 @@ TILED = ("one_shot", "two_shot", "push")
 DECODE_WIDE_TILE_MIN_M, DECODE_SMS = 33, 132
 DECODE_MIN_K = 256  # of a part: four stages
 
-# The CUDA kernels for Hopper. Buffers on the way to peers, by columns of a tile: more have no room.
-STAGINGS_SM90 = {128: (1, 2), 256: (1,)}
+# The CUDA kernels for Hopper that there are: columns of a tile, buffers on the way to peers (more have no room), and
+# rows and columns of blocks in a cluster.
+_KERNELS_SM90 = ((128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1))
+KERNELS_SM90 = {
+    "gemm_all_reduce": (*_KERNELS_SM90, (128, 1, 2, 2)),
+    "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 2, 2), (128, 2, 1, 2)),
+}
+KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n")
 # Tiles of each peer before the first own one: one wave of 66 pairs of blocks. So many blocks send whole tiles at a time
 # as fill the link: with fewer it runs dry (12 of 128 columns: half as fast), with more their tiles all come late.
-SM90 = {"group_m": 8, "lead": 66, "piece": 65536}
+SM90 = {"group_m": 8, "lead": 66, "piece": 65536, "cluster_m": 2, "cluster_n": 1}
 SENDERS_SM90 = {128: 24, 256: 16}
 # Tiles of 256 columns from so many elements of the sum on: they leave the last wave emptier, and a partial is later by
 # as much as its product takes longer. A reduce-scatter's block pushes while the next product goes on, a second buffer

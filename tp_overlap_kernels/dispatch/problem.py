@@ -67,6 +67,8 @@ PARAM_NAMES = (
     "stagings",
     "piece",
     "senders",
+    "cluster_m",
+    "cluster_n",
 )
 LEAST = {"lead": 0, "senders": 0}  # of all others 1
 

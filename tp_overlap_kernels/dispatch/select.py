@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ..errors import InvalidInput
-from .defaults import STAGINGS_SM90, default_params
+from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, default_params
 from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
@@ -219,27 +219,36 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if problem.N % 8:
         return f"N must be a multiple of 8 for the copy engine, got {problem.N}"
     complete = _complete(plan, problem, topology)
-    block_n, stagings = complete["block_n"], complete["stagings"]
-    if block_n not in STAGINGS_SM90:
-        return f"block_n must be one of {', '.join(map(str, STAGINGS_SM90))}, got {block_n}"
-    if stagings not in STAGINGS_SM90[block_n]:
-        most = STAGINGS_SM90[block_n][-1]
-        return f"shared memory has room for stagings={most} with block_n={block_n}, and for no more, got {stagings}"
-    if rows_of_whole_tiles(problem.N, block_n, topology):
+    kernel, kernels = tuple(complete[name] for name in KERNEL_PARAMS_SM90), KERNELS_SM90[problem.op]
+    if kernel not in kernels:
+        return f"there is no kernel with {_named(kernel)}; there are {'; '.join(map(_named, kernels))}"
+    if rows_of_whole_tiles(problem.N, complete, topology):
         return None
+    rows, cols, _ = cluster_of(complete)
     return (
-        f"the arena has no room for 256 rows a rank in tiles of {block_n} columns at N={problem.N}; "
-        f"init with max_M={256 * topology.world_size} and max_N={-(-problem.N // block_n) * block_n} has"
+        f"the arena has no room for {rows} rows a rank in tiles of {cols} columns at N={problem.N}; "
+        f"init with max_M={rows * topology.world_size} and max_N={-(-problem.N // cols) * cols} has"
     )
 
 
-def rows_of_whole_tiles(N: int, block_n: int, topology: Topology) -> int:
-    """The most rows of a call that the plan sm90 runs in one piece: 256 a rank at a time. 0: none.
+def _named(kernel: tuple[int, ...]) -> str:
+    return ",".join(f"{name}={value}" for name, value in zip(KERNEL_PARAMS_SM90, kernel, strict=True))
 
-    It stages whole tiles of 128 x block_n, also where a matrix ends within them.
+
+def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
+    """The most rows of a call that the plan sm90 runs in one piece: those of a cluster a rank at a time. 0: none.
+
+    It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends within them.
     """
-    tiles = min(topology.staged_bytes // (128 * block_n * 2), topology.tile_slots // topology.world_size)
-    return topology.world_size * 256 * (tiles // 2 // -(-N // block_n))
+    rows, cols, blocks = cluster_of(plan)
+    tiles = min(topology.staged_bytes // (128 * plan["block_n"] * 2), topology.tile_slots // topology.world_size)
+    return topology.world_size * rows * (tiles // blocks // -(-N // cols))
+
+
+def cluster_of(plan: Plan) -> tuple[int, int, int]:
+    """Of a complete plan sm90: rows and columns of the tiles that a cluster of blocks has at a time, and its blocks."""
+    down, across = plan["cluster_m"], plan["cluster_n"]
+    return 128 * down, plan["block_n"] * across, down * across
 
 
 def _chunked_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:

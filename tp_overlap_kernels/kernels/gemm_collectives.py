@@ -13,12 +13,18 @@ from tp_overlap_kernels import native
 
 from . import gemm
 
-SCHEDULES = {  # by columns of a tile, staging buffers of a block
-    (256, 1): gemm.LARGE,
-    (128, 1): gemm.SMALL,
-    (128, 2): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
+_ANY = {  # by columns of a tile, staging buffers of a block, rows and columns of blocks in a cluster
+    (256, 1, 2, 1): gemm.LARGE,
+    (128, 1, 2, 1): gemm.SMALL,
+    (128, 2, 2, 1): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
 }
-TILE_BYTES = {cols: 128 * cols * 2 for cols, _ in SCHEDULES}  # of a block's tile, on its way between ranks
+_QUAD = gemm.Schedule(code=4, rows=256, cols=256, blocks=4, group_rows=8)
+_ROW = gemm.Schedule(code=6, rows=128, cols=256, blocks=2, group_rows=8)
+SCHEDULES = {
+    "gemm_all_reduce": _ANY | {(128, 1, 2, 2): _QUAD},
+    "gemm_reduce_scatter": _ANY | {(128, 2, 2, 2): dataclasses.replace(_QUAD, code=5), (128, 2, 1, 2): _ROW},
+}
+TILE_BYTES = {cols: 128 * cols * 2 for cols in (128, 256)}  # of a block's tile, on its way between ranks
 
 
 # TpoTraceRole and TpoTraceStep of csrc/api.h.
@@ -96,7 +102,7 @@ class GemmCollectiveLauncher:
         blocks: int,
     ):
         """op: "gemm_all_reduce" or "gemm_reduce_scatter". Offsets and sizes in bytes within the arena; pointers as the
-        device sees them; see TpoGemmCollectiveArgs. blocks: of the grid at most, at least 2.
+        device sees them; see TpoGemmCollectiveArgs. blocks: of the grid at most, at least those of a cluster.
 
         Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
         the device cannot run what it holds.

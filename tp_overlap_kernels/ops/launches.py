@@ -63,7 +63,7 @@ def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
         tiles_down = room.tile_slots // W // -(-N // plan["block_n"])
         rows = min(rows, tiles_down * plan["block_m"] * W)
     elif plan.name == "sm90":
-        rows = min(rows, rows_of_whole_tiles(N, plan["block_n"], arena.topology))
+        rows = min(rows, rows_of_whole_tiles(N, plan, arena.topology))
     elif plan.name == "unfused_sentinel":
         rows = min(rows, scatter_sentinel.rows_that_fit(arena, N, itemsize))
     elif plan.name == "unfused_push":

@@ -33,6 +33,7 @@ def run(
     if bias is not None and bias.data_ptr() % 4:
         bias = bias.clone()
     a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
+    cut = (plan["block_n"], plan["stagings"], plan["cluster_m"], plan["cluster_n"])
     numbers = (plan["group_m"], plan["lead"], plan["piece"], plan["senders"])
     issued = IssuedSm90(
         arena,
@@ -41,7 +42,7 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (SCHEDULES[plan["block_n"], plan["stagings"]], *numbers, word),
+        (SCHEDULES[op][cut], *numbers, word),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued

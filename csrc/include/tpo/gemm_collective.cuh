@@ -49,16 +49,17 @@ constexpr int kFetcherWarp = 3;
 constexpr int kCollectiveProducerRegisters = 56;
 constexpr int kCollectiveConsumerRegisters = 224;
 
-template <int kTileN_, int kStages_, int kStagings_, int kTransitBoxes_, bool kTraced_ = false>
-struct CollectiveShape : GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols> {
-  using Gemm = GemmShape<kTileN_, 1, 2, kStages_, kTileN_ / kBoxCols>;
+template <int kTileN_, int kClusterRows_, int kClusterCols_, int kStages_, int kStagings_, int kTransitBoxes_,
+          bool kTraced_ = false>
+struct CollectiveShape : GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kStages_, kTileN_ / kBoxCols> {
+  using Gemm = GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kStages_, kTileN_ / kBoxCols>;
   static constexpr int kStagings = kStagings_;  // buffers of one tile each
   static constexpr uint32_t kTileBytes = Gemm::kStagingBytes;
   static constexpr uint32_t kStagingBytes = kStagings * kTileBytes;
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
   static constexpr bool kTraced = kTraced_;
-  using Traced = CollectiveShape<kTileN_, kStages_, kStagings_, kTransitBoxes_, true>;
+  using Traced = CollectiveShape<kTileN_, kClusterRows_, kClusterCols_, kStages_, kStagings_, kTransitBoxes_, true>;
   static constexpr uint32_t kTransitOffset =
       (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
@@ -402,7 +403,7 @@ struct Epilogue {
 template <typename Owners>
 struct CollectiveParams {
   TpoGemmCollectiveArgs args;
-  CUtensorMap a, b, out;  // boxes: kTileM rows, kRowsOfBLoaded rows, 64 rows
+  CUtensorMap a, b, out;  // boxes: kRowsOfALoaded rows, kRowsOfBLoaded rows, 64 rows
   Owners owners;
   int k_blocks;  // of 64 elements, the last one may be partial
 };
@@ -444,7 +445,7 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
                                               const CollectiveMemory<Shape>& memory, int number,
                                               uint32_t rank_in_cluster) {
   const TpoGemmCollectiveArgs& args = params.args;
-  Consumer<Shape> consumer(number, params.k_blocks);
+  Consumer<Shape> consumer(number, params.k_blocks, rank_in_cluster);
   Trace<Shape::kTraced> trace(args, TPO_TRACE_CONSUMER, threadIdx.x == kWarpgroupThreads);
   Epilogue<Element, Shape> epilogue(memory, number, trace);
   Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);

@@ -33,7 +33,7 @@ cudaError_t launch_collective(void (*kernel)(CollectiveParams<Owners>), Collecti
   const Matrix b{gemm.b, gemm.N, gemm.K, gemm.b_stride, gemm.dtype};
   const void* somewhere = out_rows > 0 ? gemm.out : gemm.a;  // a map of nothing cannot be made
   const Matrix out{somewhere, std::max(out_rows, 1), gemm.N, gemm.out_stride, gemm.dtype};
-  if (const cudaError_t error = make_map(&params->a, a, Shape::kTileM)) return error;
+  if (const cudaError_t error = make_map(&params->a, a, Shape::kRowsOfALoaded)) return error;
   if (const cudaError_t error = make_map(&params->b, b, Shape::kRowsOfBLoaded)) return error;
   if (const cudaError_t error = make_map(&params->out, out, kRowsOfWarpgroup)) return error;
   params->k_blocks = divide_up(gemm.K, kTileK);

@@ -33,7 +33,8 @@ inline int blocks_of_device() {
 
 template <typename Shape>
 TileGrid grid_of(int rows, int cols, int group_rows) {
-  return TileGrid{divide_up(rows, Shape::kTileM * Shape::kCluster), divide_up(cols, Shape::kTileN), group_rows};
+  return TileGrid{divide_up(rows, Shape::kTileM * Shape::kClusterRows),
+                  divide_up(cols, Shape::kTileN * Shape::kClusterCols), group_rows};
 }
 
 // To be called before the first launch; loads the kernel, too.

@@ -24,13 +24,11 @@ struct RowOwners {
 
   template <typename Shape>
   __device__ __forceinline__ bool find(int owner, int number, uint32_t rank_in_cluster, Work* work) const {
-    const int first_row = owner * rows_per_owner;
-    const Tile first = tile_of<Shape>(grid, number, 0);
     work->owner = owner;
     work->tile = number * Shape::kCluster + static_cast<int>(rank_in_cluster);
-    work->in_sum = Tile{first.row + static_cast<int>(rank_in_cluster) * Shape::kTileM, first.col};
-    work->row_a = first_row + work->in_sum.row;
-    return number == 0 || first.row < rows_of(owner);  // equal in the blocks of a cluster
+    work->in_sum = tile_of<Shape>(grid, number, rank_in_cluster);
+    work->row_a = owner * rows_per_owner + work->in_sum.row;
+    return number == 0 || tile_of<Shape>(grid, number, 0).row < rows_of(owner);  // equal in the blocks of a cluster
   }
 
   __host__ __device__ int rows_of(int owner) const {

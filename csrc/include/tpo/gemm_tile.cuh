@@ -5,7 +5,7 @@
 
 namespace tpo {
 
-// Tiles are numbered by clusters: kCluster tiles of neighbouring rows have one number.
+// Tiles are numbered by clusters: the kCluster tiles of one have one number. row_tiles, col_tiles: clusters.
 struct TileGrid {
   int row_tiles, col_tiles;
   int group_rows;  // so many row_tiles are walked through together, column by column, so that b stays in L2
@@ -24,8 +24,9 @@ __device__ __forceinline__ Tile tile_of(const TileGrid& grid, int tile_id, uint3
   const int rows = min(grid.group_rows, grid.row_tiles - first_row);
   const int in_group = tile_id % group_tiles;
   const int row_tile = first_row + in_group % rows;
-  return Tile{(row_tile * Shape::kCluster + static_cast<int>(rank_in_cluster)) * Shape::kTileM,
-              in_group / rows * Shape::kTileN};
+  const PlaceInCluster<Shape> place(rank_in_cluster);
+  return Tile{(row_tile * Shape::kClusterRows + place.row) * Shape::kTileM,
+              (in_group / rows * Shape::kClusterCols + place.col) * Shape::kTileN};
 }
 
 // bias: N elements, 4-byte aligned; the tile begins at column `col`.

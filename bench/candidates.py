@@ -57,7 +57,7 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
     (64, 128, 64, 4, 4, 8, (1, 46), 65, 256),
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
-# The CUDA kernels for Hopper, with own tiles last and among the others: a wave of each peer's first, or half of one. Tiles
+# The CUDA kernels for Hopper, own tiles last or among the others: behind a wave of each peer's, or half of one. Tiles
 # are sent whole, by as many blocks at a time as fill the link, or in small pieces by all, which delays products least
 # where they take longer than the link. A wave has half as many clusters of four.
 _WHOLE, _BY_TURNS, _PIECES = 65536, 24, (512, 0)
@@ -69,6 +69,8 @@ _SM90 = {  # columns of a tile, staging buffers, cluster, lead, bytes of a piece
         (128, 1, _PAIR, 66, _WHOLE, 32, 512),
         (128, 1, _PAIR, 33, *_PIECES, 1024),
         (128, 1, _PAIR, 66, *_PIECES, 256),
+        (64, 1, _QUAD, 0, _WHOLE, 48, 128),
+        (64, 1, _QUAD, 0, *_PIECES, 128),
         (128, 1, _QUAD, 33, _WHOLE, _BY_TURNS, 512),
         (128, 1, _QUAD, 33, *_PIECES, 512),
         (128, 1, _QUAD, 16, *_PIECES, 1024),
@@ -87,8 +89,10 @@ _SM90 = {  # columns of a tile, staging buffers, cluster, lead, bytes of a piece
         (128, 2, _QUAD, 0, _WHOLE, _BY_TURNS, 512),
         (128, 2, _QUAD, 33, _WHOLE, _BY_TURNS, 512),
         (128, 2, _QUAD, 33, *_PIECES, 1024),
+        (64, 2, _QUAD, 0, _WHOLE, 48, 256),
+        (64, 2, _ROW, 0, _WHOLE, 48, 128),
+        (64, 2, _ROW, 0, *_PIECES, 128),
         (128, 2, _ROW, 0, _WHOLE, _BY_TURNS, 128),
-        (128, 2, _ROW, 0, *_PIECES, 128),
         (256, 1, _PAIR, 66, _WHOLE, 16, 1024),
         (256, 1, _PAIR, 66, *_PIECES, 2048),
         (256, 1, _PAIR, 33, _WHOLE, 16, 2048),

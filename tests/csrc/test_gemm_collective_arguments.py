@@ -92,7 +92,7 @@ def test_a_trace_needs_room_and_bf16(monkeypatch, op, intervals, dtype_code, rea
 def test_what_is_right_comes_as_far_as_the_driver(monkeypatch, op):
     for schedule in SCHEDULES[op].values():
         with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
-            launch(monkeypatch, op, schedule=schedule, tile_slots=8)
+            launch(monkeypatch, op, schedule=schedule, tile_slots=16)
     with pytest.raises(TpOverlapError, match=rf"{op}: the CUDA kernels could not be loaded: .*driver"):
         GemmCollectiveLauncher(op, **(ARENA | ROOM))
 

@@ -23,6 +23,7 @@
 #include "tpo/tma.cuh"
 #include "tpo/vec.cuh"
 #include "tpo/wgmma.cuh"
+#include "tpo/wgmma_narrow.cuh"
 
 namespace tpo {
 

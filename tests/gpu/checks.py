@@ -14,22 +14,39 @@ from tests.cases import GPU_ALL_REDUCE_CASES, GPU_CASES, Case, on
 from tests.ops.calls import group_name
 from tests.tolerance import Rounding, check, check_bites, tolerance
 from tests.truth import Truth
+from tp_overlap_kernels.dispatch.defaults import KERNEL_PARAMS_SM90, KERNELS_SM90
 from tp_overlap_kernels.memory import arena as arenas
 
 MAX_M, MAX_N = 8192, 8192
 OPS = torch.ops.tp_overlap
+
+
+def hopper(op: str) -> list[str]:
+    """Each of the CUDA kernels for Hopper, sending whole tiles by turns, and small pieces at any time."""
+    kernels = [",".join(f"{k}={v}" for k, v in zip(KERNEL_PARAMS_SM90, each, strict=True)) for each in KERNELS_SM90[op]]
+    return [f"sm90:{kernel}{way}" for kernel in kernels for way in ("", ",lead=3,piece=512,senders=0")]
+
+
 GEMM_PLANS = (
     "one_shot",
     "decode",
     "two_shot",
-    "sm90",
+    *hopper("gemm_all_reduce"),
     "chunked",
     "unfused_one_shot",
     "unfused_two_shot",
     "unfused_sentinel",
     "unfused_nccl",
 )
-SCATTER_PLANS = ("push", "one_shot", "sm90", "chunked", "unfused_push", "unfused_sentinel", "unfused_nccl")
+SCATTER_PLANS = (
+    "push",
+    "one_shot",
+    *hopper("gemm_reduce_scatter"),
+    "chunked",
+    "unfused_push",
+    "unfused_sentinel",
+    "unfused_nccl",
+)
 SUM_PLANS = ("one_shot", "two_shot", "sentinel", "nccl")
 OWNER_F32 = ("two_shot", "push")  # chunked: cuBLAS may round the owner's product before it adds
 

@@ -19,6 +19,12 @@ NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 needs_nvcc = pytest.mark.skipif(not pathlib.Path(NVCC).exists(), reason="needs nvcc")
 
 
+@functools.cache
+def quickly() -> list[str]:
+    """The kernels of a file side by side, where the compiler can: the same code, as CMakeLists.txt has it."""
+    return ["--split-compile=0"] if "--split-compile" in subprocess.check_output([NVCC, "--help"], text=True) else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     file: str
@@ -38,7 +44,16 @@ def compiled_alone(kernel: str) -> Compiled:
     with tempfile.TemporaryDirectory(prefix="tpo-sass-") as name:
         folder = pathlib.Path(name)
         command = [NVCC, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v"]
-        command += ["--keep", "--keep-dir", folder, f"-I{CSRC}", f"-I{CSRC / 'include'}", "-o", folder / "out.cubin"]
+        command += [
+            *quickly(),
+            "--keep",
+            "--keep-dir",
+            folder,
+            f"-I{CSRC}",
+            f"-I{CSRC / 'include'}",
+            "-o",
+            folder / "out.cubin",
+        ]
         command += [CSRC / "kernels" / f"{kernel}.cu"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         (ptx_file,) = folder.glob("*.ptx")

@@ -26,7 +26,9 @@ CTAS_AN_SM = 4  # of the norm alone, in which no CTA waits for another
 def add_rms_norm(arena: Arena, x: Tensor, norm: Norm) -> None:
     """kernels/add_rms_norm.py; x [M, H] may be y."""
     given, (M, H) = _laid_out(norm), x.shape
-    launch = _launch(arena, add_rms_norm_kernel, (H,), DTYPE=_triton_dtype(x), **_block(H), launch_pdl=True)
+    block = _block(H)
+    whole = H <= block["BLOCK"]
+    launch = _launch(arena, add_rms_norm_kernel, (H,), DTYPE=_triton_dtype(x), **block, WHOLE=whole, launch_pdl=True)
     addresses = (_laid(x), given.residual, given.weight, given.y, given.new_residual)
     launch(min(M, CTAS_AN_SM * arena.programs), *addresses, M, H, norm.eps)
     _give_back(given, norm)

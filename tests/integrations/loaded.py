@@ -22,12 +22,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders: nothing is l
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How ranks load a model. plan: the model's own, or a dict. enable: the arguments of `enable`; None: not called."""
+    """How ranks load a model. plan: the model's own, or a dict. enable: the arguments of `enable`; None: not called.
+
+    norms: the arguments of `fuse_norms`; None: not called.
+    """
 
     folder: str
     plan: Any = "auto"
     enable: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
+    norms: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass
@@ -65,7 +69,10 @@ def parts(world_size: int, load: Load) -> Iterator[Any]:
         adapter.enable(**{"max_tokens": 64, **load.enable})
     try:
         config = DistributedConfig(tp_plan=load.plan, tp_size=world_size)
-        yield AutoModelForCausalLM.from_pretrained(load.folder, dtype=load.dtype, distributed_config=config).eval()
+        model = AutoModelForCausalLM.from_pretrained(load.folder, dtype=load.dtype, distributed_config=config).eval()
+        if load.norms is not None:
+            adapter.fuse_norms(model, **load.norms)
+        yield model
     finally:
         adapter.disable()
         tpo.close()

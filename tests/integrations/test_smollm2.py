@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.integrations import loaded, smollm2
-from tests.integrations.judged import check_rows
+from tests.integrations.judged import check_rows, no_worse, ties
 
 pytest.importorskip("transformers", "5.17", reason="needs transformers >= 5.17: pip install -e .[transformers]")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -93,34 +93,6 @@ def test_the_same_tokens(ranks, reference, world_size):
     surprises = (seen[0].surprise, reference.surprise, reference.exact_surprise)
     no_worse(*(each.unsqueeze(-1) for each in surprises), growth, "surprise")
     check_perplexity(seen[0].surprise, reference.surprise)
-
-
-def ties(model: Any, finer: Any, prompt: torch.Tensor, tokens: list[int]) -> list[int]:
-    """The steps at which fp16 may choose either of two tokens: there, other tokens would show no error.
-
-    Two logits may come nearer by the errors of both; those of the ranks are at most twice the whole model's.
-    """
-    sequence = torch.cat([prompt, torch.tensor([tokens])], dim=1)
-    steps = slice(prompt.shape[1] - 1, -1)
-    logits, exact = (each(sequence).logits[0, steps].float() for each in (model, finer))
-    first, second = exact.topk(2).values.unbind(-1)
-    error = (logits - exact).abs().amax(-1)
-    return (first - second <= 2 * 2 * error).nonzero().flatten().tolist()
-
-
-def no_worse(parts: torch.Tensor, whole: torch.Tensor, exact: torch.Tensor, growth: float, what: str) -> None:
-    """A token's error against f32 is that of the whole model in fp16, up to what more roundings may add.
-
-    A row-parallel sum is rounded world_size + 1 times where the whole layer rounds once. Were that all of the error,
-    and each rounding of one size and independent, it would grow by sqrt(world_size + 1). Medians over tokens: the first
-    token has values of 27000 in this model, one rounding of which outweighs the errors of all others.
-    """
-    exact = exact.float()
-    ours, allowed = (
-        factor * (x.float() - exact).reshape(exact.shape[-2], -1).norm(dim=-1).median().item()
-        for factor, x in ((1.0, parts), (growth, whole))
-    )
-    assert ours <= allowed, f"{what}: error {ours:.4g}, allowed {allowed:.4g}"
 
 
 def check_perplexity(parts: torch.Tensor, whole: torch.Tensor) -> None:

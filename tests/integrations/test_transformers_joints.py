@@ -54,26 +54,26 @@ def op_stands_in(monkeypatch):
         return scale * hidden.to(x.dtype), new_residual
 
     monkeypatch.setattr(Adopted, "__call__", lambda self, x, weight, bias: nn.functional.linear(x, weight, bias))
-    monkeypatch.setattr(Adopted, "fuses", lambda self, *_: True)
+    monkeypatch.setattr(Adopted, "fuses", lambda self, *_: not self.declined)
     monkeypatch.setattr(Adopted, "with_norm", with_norm)
     routing.reset_counters()
     loaded.quiet()
 
 
-def model_of(family: str, **more: Any) -> Any:
+def model_of(family: str, declined: str = "", **more: Any) -> Any:
     """A small model, whole, whose layers call the op as they would after from_pretrained."""
     config = getattr(transformers, f"{family}Config")(**SIZES | more)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
     for name, param in model.named_parameters():
         nn.init.normal_(param, mean=float("norm" in name), std=1.0 if "embed" in name else 0.1)
-    return with_rows(model)
+    return with_rows(model, declined)
 
 
-def with_rows(model: nn.Module) -> Any:
+def with_rows(model: nn.Module, declined: str) -> Any:
     for name, module in model.named_modules():
         if name.endswith((".o_proj", ".down_proj", ".c_proj")) and type(module) is nn.Linear:
-            layer = Adopted(name, "none", 0, 2, module.out_features, module.in_features, False, False, "")
+            layer = Adopted(name, "none", 0, 2, module.out_features, module.in_features, False, False, declined)
             module.forward = RowForward(module, layer, module.forward)
     return model
 
@@ -128,11 +128,15 @@ def test_what_is_joined_of_a_family_and_what_is_not(family):
     assert joined(model) == joints and same(hidden_states(model), theirs), "a second call changes nothing"
 
 
-def test_a_generated_text_is_the_same():
+def test_a_generated_text_is_the_same_and_nothing_is_kept():
     model = model_of("Llama")
     theirs = loaded.greedy(model, PROMPT, 5)
     joined(model)
     assert loaded.greedy(model, PROMPT, 5) == theirs and counters() == {"fused with norm": 2 * LAYERS * 5}
+    joints = [
+        row.forward.joint for layer in model.model.layers for row in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
+    assert all(tensor is None for joint in joints for tensor in (joint.offered, joint.y, joint.new_residual))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,15 @@ def override(name: str) -> Callable[[Any], None]:
     return change
 
 
+def around(name: str) -> Callable[[Any], None]:
+    def change(layer: Any) -> None:
+        module = layer.get_submodule(name)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: doubled(module, args, forward(*args, **kwargs))
+
+    return change
+
+
 def hook(name: str, function: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda layer: layer.get_submodule(name).register_forward_hook(function)
 
@@ -236,6 +249,8 @@ CHANGES = {
     "hook before the decoder layer": (pre_hook("", steer_input), "hooks", 1),
     "o_proj wrapped": (wrap("self_attn.o_proj"), "replaced", 1),
     "down_proj wrapped": (wrap("mlp.down_proj"), "replaced", 1),
+    "o_proj's forward wrapped": (around("self_attn.o_proj"), "replaced", 1),
+    "norm's forward wrapped": (around("post_attention_layernorm"), "replaced", 1),
     "attention wrapped": (wrap("self_attn"), "replaced", 1),
     "MLP wrapped": (wrap("mlp"), "replaced", 1),
     "MLP overridden": (override("mlp"), "replaced", 1),
@@ -276,8 +291,19 @@ def test_a_layer_that_is_called_by_itself_gives_its_own_sum():
     assert counters() == {"norm apart: outside": 1}
 
 
+def test_a_norm_that_is_given_another_tensor_norms_that():
+    model, x = model_of("Llama"), torch.randn(*PROMPT.shape, H).bfloat16()
+    layers = model.model.layers
+    with torch.inference_mode():
+        theirs = layers[1].input_layernorm(x)
+        joined(model)
+        layers[0](x, position_embeddings=model.model.rotary_emb(x, PROMPT - 1))
+        assert torch.equal(layers[1].input_layernorm(x), theirs)
+    assert counters() == {"fused with norm": 2}
+
+
 def test_a_decoder_layer_that_raised_owes_nothing():
-    model, x = model_of("Llama"), torch.randn(3, H).bfloat16()
+    model, x = model_of("Llama"), torch.randn(*PROMPT.shape, H).bfloat16()  # the shape of what was offered
     layer = model.model.layers[1].self_attn
     with torch.inference_mode():
         theirs = layer.o_proj(x)
@@ -323,6 +349,18 @@ def test_a_joint_that_is_required_says_which_call_is_apart():
     model.model.layers[1].mlp.register_forward_hook(doubled)
     with pytest.raises(InvalidInput, match=r"layers[.]1[.]mlp.down_proj: its norm .* required to be: a hook between"):
         hidden_states(model)
+
+
+def test_layers_that_were_declined_are_not_joined():
+    model = model_of("Llama", declined="dtype")
+    theirs = hidden_states(model)
+    with heard() as log:
+        assert joined(model) == 0 and same(hidden_states(model), theirs)
+    assert counters() == {"norm apart: unfused": 2 * LAYERS} and len(log) == 2
+    with pytest.raises(
+        InvalidInput, match="o_proj cannot be joined to a norm, and was required to be: it was declined"
+    ):
+        joined(model_of("Llama", declined="dtype"), required=True)
 
 
 def test_a_layer_whose_product_is_not_the_ops_adds_no_residual(monkeypatch):

@@ -151,7 +151,8 @@ class Joint:
         name = "a compiled linear layer" if torch.compiler.is_compiling() else self.layer.name
         if reason and self.required:
             raise InvalidInput(f"{name}: its norm cannot be fused, and was required to be: {self._sentence(reason)}")
-        routing.note_norm(reason, name, self.layer.rank, SENTENCES.get(reason, ""))
+        said_before = not reason or reason == self.declined[0]
+        routing.note_norm(reason, name, self.layer.rank, "" if said_before else self._sentence(reason))
 
     def sum(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """new_residual [..., N]: the sum over the ranks of x @ weight.T, bias, and the residual that was offered."""

@@ -6,6 +6,7 @@
 | block       | its attention or MLP is not known to give the layer's output as it is (experts, for example)      |
 | between     | the model does more between its decoder layers than to pass on what they give                     |
 | norm        | the norm is not the known RMS norm: LayerNorm, 1 + weight as in Gemma, a kernel in its place      |
+| unfused     | the layer itself was declined (adoption.py)                                                       |
 
 A layer that is declined calls the op without a norm, as it does without `fuse_norms`. The reasons of single calls are
 those of transformers_forwards.py; `counters()` has both.
@@ -31,6 +32,7 @@ DECLINED = {
     "decoder": "its decoder layer does not run as Llama's, or something stands in for its forward.",
     "block": "nothing says that its block returns the layer's output as it is.",
     "between": "the model does more between decoder layers than to pass on what they give.",
+    "unfused": "it was declined before, and runs as transformers would run it.",
     "norm": "the norm behind it is not an RMS norm as Llama's, or something stands in for its forward.",
 }
 
@@ -95,7 +97,7 @@ def _joint(owner: nn.Module, at: Block, request: Request) -> Joint | None:
         return None
     if "forward" in block.__dict__ or not hands_on(type(block).forward, at.row):
         return row.joint
-    if at.declined or not _is_rms_norm(at.norm):
+    if row.layer.declined or at.declined or not _is_rms_norm(at.norm):
         row.joint = _apart(row, at.declined or "norm", request)
         return row.joint
     assert at.norm is not None
@@ -118,6 +120,7 @@ def _rows(block: nn.Module) -> Iterator[RowForward]:
 
 
 def _apart(row: RowForward, reason: str, request: Request) -> Joint:
+    reason = "unfused" if row.layer.declined else reason
     return Joint(row.layer, None, None, (reason, DECLINED[reason]), request.required)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from tests.integrations import loaded
-from tests.integrations.judged import Joined, check_joined, no_worse, ties
+from tests.integrations.judged import check_joined, no_worse, ties
 from tests.integrations.loaded import Load
-from tests.integrations.surroundings import environment, heard
+from tests.integrations.surroundings import environment
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.layers import counters
 
@@ -61,44 +59,6 @@ def folder(tmp_path_factory):
 # ---- tasks, run on every rank
 
 
-@dataclasses.dataclass
-class Seen:
-    tokens: list[int]
-    hidden: list[torch.Tensor]
-    joined: list[Joined]  # of the pass that gave `hidden`
-    counted: dict[str, int]
-    log: list[str]
-
-
-def run(rank: int, world_size: int, load: Load) -> Seen:
-    """Greedy tokens after PROMPT, then one pass over it: NEW_TOKENS + 1 passes."""
-    with heard() as log, loaded.parts(world_size, load) as model, torch.inference_mode():
-        tokens = loaded.greedy(model, PROMPT, NEW_TOKENS)
-        with joined_calls() as joined:
-            hidden = model(PROMPT, output_hidden_states=True).hidden_states
-        return Seen(tokens, list(hidden), joined, counters(), log)
-
-
-@contextlib.contextmanager
-def joined_calls() -> Iterator[list[Joined]]:
-    """What goes in and out of the op with the norm meanwhile."""
-    from tp_overlap_kernels.integrations.adoption import Adopted
-
-    calls: list[Joined] = []
-    op = Adopted.with_norm
-
-    def seen(layer, x, weight, bias, residual, scale, eps):
-        y, new_residual = op(layer, x, weight, bias, residual, scale, eps)
-        calls.append(Joined(layer.name, *(each.clone() for each in (x, residual, scale, y, new_residual))))
-        return y, new_residual
-
-    Adopted.with_norm = seen  # type: ignore[method-assign]
-    try:
-        yield calls
-    finally:
-        Adopted.with_norm = op  # type: ignore[method-assign]
-
-
 def compiled(rank: int, world_size: int, load: Load) -> tuple[list[bool], list[int]]:
     """(whether each output equals the eager one's bits, how often each graph calls the op with the norm)"""
     graphs = []
@@ -139,14 +99,15 @@ def required_of_gradients(rank: int, world_size: int, load: Load) -> str:
 )
 def test_every_layer_is_one_call_with_its_norm_and_gives_the_same_tokens(ranks, folder, family, plan, world_size):
     load = Load(folder(family), plan, norms={})
-    seen = ranks(world_size).run(run, load, timeout=120)
-    apart = ranks(world_size).run(run, dataclasses.replace(load, norms=None), timeout=120)
+    texts = (PROMPT, NEW_TOKENS, PROMPT, PROMPT)
+    seen = ranks(world_size).run(loaded.run, load, *texts, timeout=120)
+    apart = ranks(world_size).run(loaded.run, dataclasses.replace(load, norms=None), *texts, timeout=120)
     model, finer = (loaded.whole(load.folder, dtype) for dtype in (torch.bfloat16, torch.float32))
     with torch.inference_mode():
         tokens = loaded.greedy(model, PROMPT, NEW_TOKENS)
         assert len(set(tokens)) > 2 and not ties(model, finer, PROMPT, tokens), "these tokens would show nothing"
         whole, exact = (each(PROMPT, output_hidden_states=True).hidden_states for each in (model, finer))
-    calls = 2 * LAYERS * (NEW_TOKENS + 1)
+    calls = 2 * LAYERS * (NEW_TOKENS + 2)
     for rank, (ours, theirs) in enumerate(zip(seen, apart, strict=True)):
         assert ours.tokens == theirs.tokens == tokens
         assert ours.counted == {"fused": calls, "fused with norm": calls} and theirs.counted == {"fused": calls}
@@ -154,7 +115,7 @@ def test_every_layer_is_one_call_with_its_norm_and_gives_the_same_tokens(ranks, 
         assert len(said) == (2 if rank == 0 else 0), "each kind is said once, on rank 0"
     names = [f"model.layers.{i}.{row}" for i in range(LAYERS) for row in ("self_attn.o_proj", "mlp.down_proj")]
     assert [call.name for call in seen[0].joined] == names
-    check_joined(model, [each.joined for each in seen])
+    check_joined(model, seen)
     for layer, states in enumerate(zip(seen[0].hidden, whole, exact, strict=True)):
         no_worse(*states, (world_size + 1) ** 0.5, f"hidden state {layer}")
 

@@ -11,6 +11,8 @@ is named so and cannot be fused is an error.
 Shards, loading and saving are those of transformers' style, whose forward also serves every call that is declined
 (adoption.py). What differs is rounding: transformers rounds the sum and then adds a bias to it; the op adds the bias
 before the last rounding, once, where the plan's kernel says. TP_OVERLAP=0 leaves all to transformers.
+
+`fuse_norms(model)`, after loading, makes one op of each such layer, the residual that its sum joins, and the norm.
 """
 
 from __future__ import annotations

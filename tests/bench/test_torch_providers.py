@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from tp_overlap_kernels.bench.cases import ALL_REDUCE, GEMM_ALL_REDUCE, Case, Layer
+from tp_overlap_kernels.bench.cases import ALL_REDUCE, ALL_REDUCE_NORM, GEMM_ALL_REDUCE, Case, Layer
 from tp_overlap_kernels.bench.launch import Topology, World
+from tp_overlap_kernels.bench.norm import EPS, norm_operands
 from tp_overlap_kernels.bench.provider import Session
 from tp_overlap_kernels.bench.providers import default_names, make
 
@@ -63,6 +64,15 @@ def test_an_all_reduce_alone_takes_any_message_and_gives_a_result_of_its_own(ses
     for result, sum_ in zip(results, wanted, strict=True):
         assert torch.equal(result, sum_), "a later call wrote into the result"
     assert len({each.untyped_storage().data_ptr() for each in (*results, message)}) == 4
+
+
+def test_a_norm_behind_it_is_that_of_the_sum(session):
+    message = torch.randn(3, LAYER.N).bfloat16()
+    case = Case(ALL_REDUCE_NORM, LAYER, 3, "bfloat16", 2)
+    y, new_residual = make("copy+symm_mem_one_shot+rms_norm", session).prepare(case, message)(None)
+    residual, weight = norm_operands(LAYER, 3, message.dtype, message.device)
+    assert torch.equal(new_residual, 2 * message + residual)
+    assert torch.equal(y, torch.nn.functional.rms_norm(new_residual, weight.shape, weight, EPS))
 
 
 def test_a_run_compares_with_them_where_there_are_gpus(session):

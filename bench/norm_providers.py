@@ -10,7 +10,7 @@ from .cases import ALL_REDUCE_NORM, GEMM_ALL_REDUCE_NORM, SUM_OF, Case
 from .norm import EPS, norm_operands
 from .provider import Session
 from .timing import Call
-from .torch_providers import AllReduceAlone, Gloo, GlooAlone, Nccl, OneShot, SymmetricMemory, Unfused
+from .torch_providers import AllReduceAlone, Gloo, GlooAlone, Nccl, OneShot, OneShotAlone, Unfused
 
 
 class NormBehind(Unfused):
@@ -33,14 +33,6 @@ class NormBehind(Unfused):
             return torch.nn.functional.rms_norm(new_residual, weight.shape, weight, EPS), new_residual
 
         return call
-
-
-class OneShotAlone(SymmetricMemory):
-    """torch.ops.symm_mem's one-shot all-reduce of a copy of the message, which has to lie in symmetric memory."""
-
-    def prepare(self, case: Case, a: torch.Tensor) -> Call:
-        message, group_name = self.buffer(case.M, case.N), self.world.group_name
-        return lambda w: torch.ops.symm_mem.one_shot_all_reduce(message.copy_(a), "sum", group_name)
 
 
 def behind(sum_by: type[Unfused], op: str) -> type[NormBehind]:

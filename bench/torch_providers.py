@@ -170,7 +170,7 @@ class Gloo(Unfused):
 
 
 class AllReduceAlone(Unfused):
-    """The collective alone, on a copy of the message, since it works in place."""
+    """The collective alone, on a copy of the message, since it works in place; the copy is the result."""
 
     ops = (ALL_REDUCE,)
 
@@ -189,6 +189,39 @@ class GlooAlone(AllReduceAlone):
     for_device = "cpu"
 
 
+class OneShotAlone(SymmetricMemory):
+    """torch's one-shot all-reduce of a message that lies in ordinary memory, as ours takes it; the result is fresh.
+
+    Peers can read symmetric memory alone, so the message is copied there: by the collective's own kernel, which costs
+    no launch. It is read by all until the kernel ends, and the next call may overwrite it.
+    """
+
+    ops = (ALL_REDUCE,)
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        message, group_name = self.buffer(case.M, case.N), self.world.group_name
+        return lambda w: torch.ops.symm_mem.one_shot_all_reduce_copy(message, a, "sum", group_name)
+
+
+class TwoShotAlone(SymmetricMemory):
+    """torch's two-shot all-reduce of a message that lies in ordinary memory, as ours takes it; the result is fresh.
+
+    The message is copied into symmetric memory, where peers read it, by a kernel in front: this collective has no
+    copy of its own. Its sums are gathered into a new tensor, not back into symmetric memory, which spares one.
+    """
+
+    ops = (ALL_REDUCE,)
+
+    def prepare(self, case: Case, a: torch.Tensor) -> Call:
+        message, group_name = self.buffer(case.M, case.N), self.world.group_name
+
+        def call(w: torch.Tensor | None) -> torch.Tensor:
+            message.copy_(a)
+            return torch.ops.symm_mem.two_shot_all_reduce_out(message, "sum", group_name, torch.empty_like(a))
+
+        return call
+
+
 UNFUSED: dict[str, type[Unfused]] = {
     "matmul+nccl": Nccl,
     "matmul+nccl_symmetric": NcclSymmetric,
@@ -198,5 +231,7 @@ UNFUSED: dict[str, type[Unfused]] = {
     "torch_fused_matmul_reduce_scatter": TorchFusedReduceScatter,
     "matmul+gloo": Gloo,
     "copy+nccl": AllReduceAlone,
+    "copy+symm_mem_one_shot": OneShotAlone,
+    "copy+symm_mem_two_shot": TwoShotAlone,
     "copy+gloo": GlooAlone,
 }

@@ -26,7 +26,7 @@ def run(tmp_path: pathlib.Path, *arguments: str) -> tuple[int, str, list[dict]]:
 
 
 @pytest.mark.parametrize("mode", ["graph", "eager"])
-@pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter"])
+@pytest.mark.parametrize("op", ["gemm_all_reduce", "gemm_reduce_scatter", "all_reduce"])
 def test_every_provider_is_right_and_timed(tmp_path, op, mode):
     arguments = ["--ranks", "2", "--preset", "llama-3-8b", "--m", "16,1000", "--op", op, "--mode", mode]
     code, text, rows = run(tmp_path, *arguments)

@@ -22,22 +22,42 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders: nothing is l
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """How ranks load a model. plan: the model's own, or a dict. enable: the arguments of `enable`; None: not called."""
+    """How ranks load a model. plan: the model's own, or a dict. enable: the arguments of `enable`; None: not called.
+
+    norms: the arguments of `fuse_norms`; None: not called.
+    """
 
     folder: str
     plan: Any = "auto"
     enable: dict[str, Any] | None = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
+    norms: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class Joined:
+    """One call of the op with a norm, as a rank saw it. x: this rank's input; scale: the norm's weight."""
+
+    name: str
+    x: torch.Tensor
+    residual: torch.Tensor
+    scale: torch.Tensor
+    y: torch.Tensor
+    new_residual: torch.Tensor
 
 
 @dataclasses.dataclass
 class Seen:
-    """What one rank saw. rows: for each call of a row-parallel layer its name, this rank's input, and its output."""
+    """What one rank saw. rows: for each call of a row-parallel layer its name, this rank's input, and its output.
+
+    joined: the calls that were one with residual and norm. Hooks would take them apart, so then there are no rows.
+    """
 
     tokens: list[int]
     surprise: torch.Tensor
     hidden: list[torch.Tensor]
     rows: list[tuple[str, torch.Tensor, torch.Tensor]]
+    joined: list[Joined]
     counted: dict[str, int]
     log: list[str]
     bytes: int
@@ -65,7 +85,10 @@ def parts(world_size: int, load: Load) -> Iterator[Any]:
         adapter.enable(**{"max_tokens": 64, **load.enable})
     try:
         config = DistributedConfig(tp_plan=load.plan, tp_size=world_size)
-        yield AutoModelForCausalLM.from_pretrained(load.folder, dtype=load.dtype, distributed_config=config).eval()
+        model = AutoModelForCausalLM.from_pretrained(load.folder, dtype=load.dtype, distributed_config=config).eval()
+        if load.norms is not None:
+            adapter.fuse_norms(model, **load.norms)
+        yield model
     finally:
         adapter.disable()
         tpo.close()
@@ -87,9 +110,10 @@ def run(
     with heard() as log, parts(world_size, load) as model, torch.inference_mode():
         tokens = greedy(model, prompt, new_tokens)
         nats = surprise(model, long)
-        rows = watch(model)
-        hidden = model(text, output_hidden_states=True).hidden_states
-        return Seen(tokens, nats, list(hidden), rows, counters(), log, tpo.memory_report().total_bytes)
+        rows = watch(model) if load.norms is None else []
+        with joined_calls() as joined:
+            hidden = model(text, output_hidden_states=True).hidden_states
+        return Seen(tokens, nats, list(hidden), rows, joined, counters(), log, tpo.memory_report().total_bytes)
 
 
 def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> list[int]:
@@ -113,6 +137,26 @@ def watch(model: Any) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
                 lambda _, inputs, output, name=name: rows.append((name, inputs[0].clone(), output.clone()))
             )
     return rows
+
+
+@contextlib.contextmanager
+def joined_calls() -> Iterator[list[Joined]]:
+    """What goes in and out of the op with the norm meanwhile."""
+    from tp_overlap_kernels.integrations.adoption import Adopted
+
+    calls: list[Joined] = []
+    op = Adopted.with_norm
+
+    def seen(layer, x, weight, bias, residual, scale, eps):
+        y, new_residual = op(layer, x, weight, bias, residual, scale, eps)
+        calls.append(Joined(layer.name, *(each.clone() for each in (x, residual, scale, y, new_residual))))
+        return y, new_residual
+
+    Adopted.with_norm = seen  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Adopted.with_norm = op  # type: ignore[method-assign]
 
 
 def quiet() -> None:

@@ -119,9 +119,19 @@ class Adopted:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The sum over the ranks of x @ weight.T, plus the bias once: [..., N], a fresh tensor."""
-        if self.split_input:
-            x = collectives.own_columns(x, self.group_name, self.rank, self.world_size)
-        return torch.ops.tp_overlap.gemm_all_reduce.default(x, weight, self.group_name, bias)
+        return torch.ops.tp_overlap.gemm_all_reduce.default(self._columns(x), weight, self.group_name, bias)
+
+    def with_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(y, new_residual), both [..., N] and fresh: the sum with residual in it, and its RMS norm times scale [N]."""
+        op = torch.ops.tp_overlap.gemm_all_reduce_add_rms_norm.default
+        return op(self._columns(x), weight, residual, scale, eps, self.group_name, bias)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        if not self.split_input:
+            return x
+        return collectives.own_columns(x, self.group_name, self.rank, self.world_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ is named so and cannot be fused is an error.
 Shards, loading and saving are those of transformers' style, whose forward also serves every call that is declined
 (adoption.py). What differs is rounding: transformers rounds the sum and then adds a bias to it; the op adds the bias
 before the last rounding, once, where the plan's kernel says. TP_OVERLAP=0 leaves all to transformers.
+
+`fuse_norms(model)`, after loading, makes one op of each such layer, the residual that its sum joins, and the norm.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import InvalidInput
-from .adoption import Request, adopt, local, wanted
+from . import transformers_norms
+from .adoption import Request, adopt, wanted
+from .transformers_forwards import RowForward
 
 HOST = "tp_overlap_kernels for transformers"
 VERSION = "5.17."
@@ -65,6 +69,25 @@ def disable() -> None:
             del styles[name]
 
 
+def fuse_norms(model: nn.Module, *, required: bool | None = None) -> int:
+    """Joins the row-parallel layers of a loaded model to the norms behind them; returns how many are joined.
+
+    Where a decoder layer adds a residual to the layer's sum, and an RMS norm comes next, the three become one
+    `gemm_all_reduce_add_rms_norm`. It rounds otherwise than transformers (see that op), hence this call of its own.
+    model: loaded after `enable`, equal on all ranks, in its final form; hooks and adapters that come later take the
+    joint apart again. What is not recognised, and calls that do not fit, run as they would without this call; the
+    reason is counted and logged (transformers_norms.py, transformers_forwards.py). A second call changes nothing.
+    required: what is not joined is an error; default TP_OVERLAP=1. With TP_OVERLAP=0 nothing is done.
+    Errors: InvalidInput where a joint is required and there is none, and for a model without layers of ours.
+    """
+    _registry()
+    of_all = wanted(HOST, required, otherwise=False)
+    if of_all is None:
+        log.info("%s: norms are left alone, by TP_OVERLAP=0", HOST)
+        return 0
+    return transformers_norms.join(model, Request(HOST, required=of_all))
+
+
 class OverlapStyle:
     """A parallel style of transformers, told apart from its parent by the forward that it installs."""
 
@@ -91,17 +114,7 @@ class OverlapStyle:
             split_input=self.parent.input_layouts.is_replicate(),
             gives_sum=self.parent.output_layouts.is_replicate(),
         )
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            # Looked up in each call: weights are loaded after this, and may be moved or replaced.
-            weight, bias = local(module._parameters.get("weight")), local(module._parameters.get("bias"))
-            x = args[0] if args else None
-            quantised = getattr(module, "_hf_quantized_needs_local_tp", False)
-            if layer.fuses(x, weight, bias, "quantised" if quantised else ""):
-                return layer(x, weight, bias)
-            return unfused(*args, **kwargs)
-
-        module.forward = forward
+        module.forward = RowForward(module, layer, unfused)
         return module
 
 

@@ -29,6 +29,7 @@ def counters() -> dict[str, int]:
     Layers with nothing to sum (one rank, reduce_results=False) are not counted. A compiled call counts once, when it
     is traced. Reasons: needs_grad, dtype, not_initialised, device, max_N; of layers that an adapter looks after also
     input, weight, quantised, partial, output_tensor, and those of `integrations.adoption` and `integrations.engines`.
+    Where an adapter joins layers to the norms behind them, also {"fused with norm": n, "norm apart: <reason>": n, ...}.
     """
     return dict(_counts)
 
@@ -72,6 +73,19 @@ def note(reason: str, layer: str, group_name: str, rank: int, N: int, dtype: tor
     log.warning("%s runs unfused: %s Later calls for this reason are only counted.", layer, text)
 
 
+def note_norm(reason: str, layer: str, rank: int, text: str) -> None:
+    """Counts a call of a layer that may be one with the norm behind it.
+
+    text: the reason in full, said the first time; empty where it was said before, or there is none.
+    """
+    _counts[f"norm apart: {reason}" if reason else "fused with norm"] += 1
+    if not text or text in _warned:
+        return
+    _warned.add(text)
+    if rank == 0:
+        log.warning("%s runs apart from its norm: %s Later calls for this reason are only counted.", layer, text)
+
+
 def count_unfused(reason: str) -> None:
     """Counts a call for a reason that was said before."""
     _counts[f"unfused: {reason}"] += 1
@@ -97,4 +111,5 @@ def sentence(reason: str, group_name: str, N: int, dtype: torch.dtype, device: s
 # Runs while tracing and leaves no trace. This is what torch.compiler.assume_constant_result does; calling that here
 # would import the compiler together with this package, which takes 1.6 s.
 note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+note_norm._dynamo_marked_constant = True  # type: ignore[attr-defined]
 count_unfused._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -385,10 +385,12 @@ def _forced(problem: Problem, topology: Topology, table: Table | None, forced: s
         rest = ";".join(text for text, named in zip(texts, plans, strict=True) if named is not plan)
     reason = why_not(plan, problem, topology)
     if reason:
+        beside = " The plan inside a node stands beside it: 'two_level;push'." if topology.inside else ""
         raise InvalidInput(
             f"{problem.op}: the forced plan {str(plan)!r} cannot run M={problem.M}, N={problem.N}, K={problem.K}, "
             f"{problem.dtype}, world_size={problem.world_size} on backend {topology.backend!r}: {reason}. "
             f"Force one of {', '.join(runnable(problem, topology))}, or none (force_plan(None), unset TP_OVERLAP_PLAN)."
+            f"{beside}"
         )
     return _complete(dataclasses.replace(plan, why="forced"), problem, topology, table, rest)
 

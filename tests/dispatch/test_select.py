@@ -373,10 +373,13 @@ def on_nodes(inside, nodes=2):
 def test_on_several_nodes_there_is_one_plan(op, inside):
     topology = on_nodes(inside, 3)
     problem = Problem(op, *((1, 8192, 0) if op == "all_reduce" else (16, 8192, 512)), "bfloat16", topology.world_size)
-    assert topology.nodes == 3 and runnable(problem, topology) == ["two_level"]
+    flat = "nccl" if op.startswith("all_reduce") else "unfused_nccl"
+    assert topology.nodes == 3 and runnable(problem, topology) == [flat, "two_level"]
+    assert select(problem, topology, forced=f"{flat};push") == Plan(flat)
     assert select(problem, topology).name == "two_level"
     assert why_not(Plan("two_level"), problem, inside) == "it is for several nodes"
-    assert why_not(Plan("nccl"), elements(8, 16), on_nodes(h200(8))) == "several nodes know only the plan 'two_level'"
+    assert "one device" in why_not(Plan("nccl"), elements(8, 4), on_nodes(h200(ranks_per_device=2)))
+    assert "do not map" in why_not(Plan("two_shot"), elements(8, 4), on_nodes(h200()))
 
 
 def test_the_plan_inside_is_that_of_the_nodes_reduce_scatter():
@@ -422,7 +425,9 @@ def test_what_is_forced_beside_two_level_is_for_the_inside():
     plan = select(problem, topology, forced="two_level;push:block_m=64;two_shot")
     assert (plan.name, plan.inside.name, plan.inside["block_m"]) == ("two_level", "push", 64)
     assert select(problem, topology, forced="two_level") == select(problem, topology)
-    with pytest.raises(InvalidInput, match=r"several nodes know only .* Force one of two_level, .* 'two_level;push'\."):
+    with pytest.raises(
+        InvalidInput, match=r"do not map .* Force one of unfused_nccl, two_level, .* 'two_level;push'\."
+    ):
         select(problem, topology, forced="two_shot")
     with pytest.raises(InvalidInput, match="gemm_reduce_scatter: the forced plan 'two_shot' cannot run"):
         select(problem, topology, forced="two_level;two_shot")

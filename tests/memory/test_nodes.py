@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -102,30 +103,32 @@ def come_and_go(rank, world_size):
         init(32)
         tpo.close()
         init(16)
-        if rank == 3:
-            arenas.get(group_name()).record.abort()
-        barrier()
-        tpo.close()
-        init(16)
+        for closes in (True, False):
+            if rank == 3:
+                arenas.get(group_name()).record.abort()
+            barrier()
+            if closes:
+                tpo.close()
+            init(16)
         x = torch.full((5,), float(rank + 1), dtype=torch.bfloat16)
         total = torch.ops.tp_overlap.all_reduce(x, group_name())
     on_one_node = tpo.init(max_M=1, max_N=1).world_size == 4 and arenas.get(group_name()).span is None
     tpo.close()
     same = all(across is acrosses[0] for across in acrosses[:4])
-    return stays, same, acrosses[4] is not acrosses[0], on_one_node, float(total[0])
+    fresh = len({id(across) for across in acrosses[3:6]}) == 3
+    return stays, same, fresh, on_one_node, float(total[0])
 
 
 def test_a_part_of_the_world_may_span_nodes(ranks):
-    """Ranks 0, 1 and 3, on nodes of one rank each; the fourth rank takes no part."""
-    for rank, outcome in enumerate(ranks(4).run(init_a_part)):
+    """Ranks 0, 1 and 3, on nodes of one rank each; rank 2 takes no part, and groups of the world can still be made."""
+    for rank, (outcome, afterwards) in enumerate(ranks(4).run(init_a_part)):
         if rank != 2:
             assert outcome.error == "" and outcome.out.tolist() == [7.0] * 3, outcome.text
+        assert afterwards == 10.0
 
 
 def init_a_part(rank, world_size):
     group = dist.new_group([0, 1, 3])
-    if rank == 2:
-        return Outcome("", "", 0.0)
 
     def run():
         with nodes_of(1):
@@ -135,7 +138,10 @@ def init_a_part(rank, world_size):
         tpo.close(group)
         return out
 
-    return Outcome.of(run)
+    outcome = Outcome.of(run) if rank != 2 else None
+    afterwards = torch.tensor([rank + 1.0])
+    dist.all_reduce(afterwards, group=dist.new_group(timeout=timedelta(seconds=10)))
+    return outcome, float(afterwards)
 
 
 def test_groups_that_torch_would_name_differently_are_refused(ranks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 
 import pytest
@@ -20,6 +21,7 @@ from tests.ops.calls import (
     in_a_row_with_late_ranks,
     in_other_strides,
     invoke,
+    make_calls,
     nodes_of,
     operands,
     prepare_arena,
@@ -73,6 +75,16 @@ def test_one_rank_a_node(ranks, op, world_size):
         check(ranks, Setup("interp", ranks_per_node=1), in_a_row(op, Case(*size, BF16, world_size, "")))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_one_flat_collective_may_be_forced(ranks, op):
+    """Then the nodes do not matter, and the bound is that of one level."""
+    case = Case(1, 1000, 0, BF16, 4, "") if op == "all_reduce" else RAGGED
+    calls = in_a_row(op, case)[:3]
+    by_rank = ranks(4).run(make_calls, dataclasses.replace(REF, plan="unfused_nccl;nccl"), calls)
+    for call, results in zip(calls, zip(*by_rank, strict=True), strict=True):
+        judge(call, "nccl" if op == "all_reduce" else "unfused_nccl", list(results))
+
+
 @pytest.mark.parametrize("op", [norms.SUM, norms.GEMM])
 def test_a_norm_follows_the_sum(ranks, op):
     case = Case(5, 40, 24 if op == norms.GEMM else 0, BF16, 4, "")
@@ -92,7 +104,7 @@ def test_more_than_the_arena_holds(ranks):
     for op in GEMMS:
         check(ranks, tiny, in_a_row(op, Case(29, 40, 8, BF16, 4, ""))[1:4])
     small = Setup("interp", max_M=16, max_N=1040, ranks_per_node=2)
-    check(ranks, small, [Call("all_reduce", Case(1, 50_001, 0, BF16, 4, ""), "integer", i) for i in range(2)])
+    check(ranks, small, [Call("all_reduce", Case(1, 60_001, 0, BF16, 4, ""), "integer")])
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -203,7 +215,10 @@ def test_a_missing_rank_is_named_on_its_node_and_timed_out_on_others(own_ranks, 
         assert outcome.error == "GroupFailed" and f"{op}: torch.distributed has failed on rank {rank}" in outcome.text
         assert out.isnan().all()
         assert 1 < outcome.seconds < 8, "the timeout of the group, and not torch's half an hour"
-    judge(call, "", [story[2] for story in stories])
+    for story in stories:
+        assert story[2].error == story[0].error and story[2].seconds < 0.5, "the group refuses further calls"
+        assert "torch.distributed has failed" not in story[2].text, "and does not try"
+    judge(call, "", [story[3] for story in stories])
 
 
 def miss_a_call(rank, world_size, call):
@@ -224,6 +239,7 @@ def miss_a_call(rank, world_size, call):
         if rank == 1:
             barrier()
         outcome = Outcome.of(run, first)
+        again = Outcome.of(run, second)
         if rank != 1:
             barrier()
         tpo.close(group)
@@ -231,4 +247,4 @@ def miss_a_call(rank, world_size, call):
         tpo.init(group, max_M=64, max_N=64)
     run(second)
     tpo.close(group)
-    return outcome, first, second
+    return outcome, first, again, second

@@ -77,7 +77,8 @@ def select(problem: Problem, topology: Topology, table: Table | None = None, for
 
     forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
     the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file. On several
-    nodes "two_level" is the plan, and what stands beside it is that of the reduce-scatter inside ("two_level;push").
+    nodes "two_level" is the plan, and what stands beside it is that of the reduce-scatter inside ("two_level;push");
+    one flat collective must be forced ("unfused_nccl;nccl").
     Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
     """
     return decide(problem, topology, table, forced).plan
@@ -132,8 +133,12 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
         return f"it is for {_ONLY[plan.name]}"
     if plan.name not in PLAN_NAMES[problem.op]:
         return f"it is not a plan of {problem.op}"
+    if only == "two_level":
+        if plan.name in _FLAT:  # collectives of the whole group: of any backend, gloo's too
+            return _nccl_limit(plan, problem, topology) if topology.backend == "cuda" else None
+        return "ranks of different nodes do not map each other's memory"
     if only:
-        return f"{_ONLY[only]} {'know' if only == 'two_level' else 'knows'} only the plan {only!r}"
+        return f"{_ONLY[only]} knows only the plan {only!r}"
     if topology.backend == "interp" and plan.name in _CUDA_ONLY:
         return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
@@ -169,7 +174,8 @@ _CUDA_ONLY = (
 )
 
 
-# Plans that stand alone where they run, and where that is.
+_FLAT = ("nccl", "unfused_nccl")
+# Plans that stand alone where they run, but for a flat collective that is forced on several nodes; and where that is.
 _ONLY = {"local": "one rank", "two_level": "several nodes", "ref": "the ref backend"}
 _WHY_ONLY = {
     "local": "one rank has nothing to send",
@@ -381,7 +387,7 @@ def _forced(problem: Problem, topology: Topology, table: Table | None, forced: s
     plan = next((plan for plan in plans if plan.name in PLAN_NAMES[problem.op]), plans[0])
     rest = None
     if topology.inside:
-        plan = next((plan for plan in plans if plan.name == "two_level"), plan)
+        plan = next((named for named in plans if named.name == "two_level"), plan)
         rest = ";".join(text for text, named in zip(texts, plans, strict=True) if named is not plan)
     reason = why_not(plan, problem, topology)
     if reason:
@@ -399,7 +405,7 @@ def _complete(
     plan: Plan, problem: Problem, topology: Topology, table: Table | None = None, forced: str | None = None
 ) -> Plan:
     """forced: of the plan inside a node."""
-    if topology.inside:
+    if plan.name == "two_level" and topology.inside:
         inside = problem.inside(topology.inside.world_size)
         return dataclasses.replace(plan, inside=select(inside, topology.inside, table, forced) if inside else None)
     served = _served(plan.name, problem)

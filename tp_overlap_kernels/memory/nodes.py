@@ -10,7 +10,6 @@ import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -147,6 +146,5 @@ def _new_group_of(
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     """How long a collective of the group may take; None is torch's default."""
-    kind = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    options = getattr(group._get_backend(torch.device(kind)), "options", None)
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", None)

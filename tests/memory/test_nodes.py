@@ -59,13 +59,14 @@ def test_ranks_of_one_host_are_one_node(ranks):
 
 def look_around(rank, world_size):
     tpo.close()
-    info = tpo.init(max_M=16, max_N=16)
-    return info, arenas.get(group_name()).span
+    info, span = tpo.init(max_M=16, max_N=16), arenas.get(group_name()).span
+    tpo.close()
+    return info, span
 
 
 def test_a_node_takes_the_memory_of_its_ranks(ranks):
     for rank, (info, report, nodes, files) in enumerate(ranks(4).run(measure)):
-        assert (info.rank, info.world_size, info.store) == (rank, 4, "shm")
+        assert (info.rank, info.world_size, info.nodes, info.store) == (rank, 4, 2, "shm")
         assert info.bytes == report.total_bytes == tpo.bytes_needed(32, 64, world_size=2)
         assert nodes == Nodes(((0, 1), (2, 3)))
         assert files == 2, "of the two ranks of a node"
@@ -77,7 +78,9 @@ def measure(rank, world_size):
         info = tpo.init(max_M=32, max_N=64)
     with open("/proc/self/maps") as lines:
         files = sum("memfd:tp_overlap_kernels" in line for line in lines)
-    return info, tpo.memory_report(), arenas.get(group_name()).span.nodes, files
+    report, nodes = tpo.memory_report(), arenas.get(group_name()).span.nodes
+    tpo.close()
+    return info, report, nodes, files
 
 
 def test_arenas_that_follow_each_other_share_their_groups(ranks):

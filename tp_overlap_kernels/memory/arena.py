@@ -249,7 +249,10 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
-    nodes = on_nodes.partition(exchange(group, on_nodes.node_id))
+    ids, pids = zip(*exchange(group, lambda: (on_nodes.node_id(), os.getpid())), strict=True)
+    nodes = on_nodes.partition(list(ids))
+    node, _ = nodes.find(dist.get_rank(group) if group else 0)
+    beside = {rank: pids[rank] for rank in nodes.ranks[node]}  # of other hosts they would say nothing here
     world_size = nodes.ranks_per_node  # of those that share an arena
     old = find(name_of(group))
     found: dict[str, Any] = {}
@@ -277,7 +280,7 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
             "device_id": _device_id(device),
         }
 
-    cards = exchange(group, look_here)
+    cards = exchange(group, look_here, beside)
     _check_agreement(cards)
     asked = found["asked"]
     there = [card["arena"] for card in cards]
@@ -328,9 +331,10 @@ def _make_spanning(
     node, _ = nodes.find(rank)
     ranks, name = nodes.ranks[node], group.group_name
     label = f"{name}, node {node}, where rank i is rank {list(ranks)}[i] of the group"
+    beside = {rank: cards[rank]["pid"] for rank in ranks}
     made: list[Arena] = []
     try:
-        exchange(group, lambda: made.append(make(label, subgroups.inside, [cards[rank] for rank in ranks])))
+        exchange(group, lambda: made.append(make(label, subgroups.inside, [cards[rank] for rank in ranks])), beside)
     except BaseException:  # another node has failed
         for arena in made:
             arena.release()

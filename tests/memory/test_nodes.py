@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from datetime import timedelta
 from unittest import mock
@@ -27,6 +28,7 @@ from tp_overlap_kernels.memory.nodes import Nodes, partition
         ("aabb", ((0, 1), (2, 3))),
         ("bbaa", ((0, 1), (2, 3))),
         ("abab", ((0, 2), (1, 3))),
+        ("abba", ((0, 3), (1, 2))),
         ("abc", ((0,), (1,), (2,))),
         ("aaaaaaaabbbbbbbb", (tuple(range(8)), tuple(range(8, 16)))),
     ],
@@ -36,7 +38,8 @@ def test_partition(ids, ranks):
     assert nodes.ranks == ranks
     for rank in range(len(ids)):
         node, place = nodes.find(rank)
-        assert nodes.ranks[node][place] == nodes.places()[place][node] == rank
+        assert nodes.ranks[node][place] == rank and rank in nodes.places()[place]
+    assert all(list(place) == sorted(place) for place in nodes.places())
 
 
 @pytest.mark.parametrize(
@@ -203,3 +206,18 @@ def name_nodes(rank, world_size):
             found.append(int(on_nodes.node_id().rpartition("/")[2]))
     settings.cache_clear()
     return found
+
+
+@pytest.mark.skipif(
+    "sort_ranks" not in inspect.signature(dist.new_group).parameters, reason="needs a torch that can make such groups"
+)
+def test_ranks_in_another_order_are_refused(ranks):
+    """torch would sort them in the groups to either side."""
+    for outcome in ranks(2).run(init_backwards):
+        assert outcome.error == "UnsupportedTopology" and "must be in ascending order, got [1, 0]" in outcome.text
+
+
+def init_backwards(rank, world_size):
+    group = dist.new_group([1, 0], sort_ranks=False)
+    with nodes_of(1):
+        return Outcome.of(lambda: tpo.init(group, max_M=16, max_N=16))

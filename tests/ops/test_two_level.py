@@ -139,22 +139,23 @@ def say_plan(rank, world_size):
 # --- ranks that do not lie in order
 
 
-def test_nodes_that_take_turns(ranks):
-    """Ranks 0 and 2 on one node, 1 and 3 on the other: who owns which rows does not change."""
+@pytest.mark.parametrize("nodes", [((0, 2), (1, 3)), ((0, 3), (1, 2))], ids=str)
+def test_nodes_that_take_turns(ranks, nodes):
+    """Who owns which rows does not change. In the second row rank 2 stands before rank 3, and its node behind."""
     for op in GEMMS:
         calls = [call for call in in_a_row(op, RAGGED) if call.kind != "normal"]
-        for call, results in zip(calls, zip(*ranks(4).run(take_turns, calls), strict=True), strict=True):
+        for call, results in zip(calls, zip(*ranks(4).run(take_turns, nodes, calls), strict=True), strict=True):
             judge(call, "", list(results))
 
 
-def take_turns(rank, world_size, calls):
+def take_turns(rank, world_size, nodes, calls):
     tpo.close()
-    before, on_nodes.node_id = on_nodes.node_id, lambda: f"host {rank % 2}"
+    before, on_nodes.node_id = on_nodes.node_id, lambda: f"host {int(rank in nodes[1])}"
     try:
         tpo.init(max_M=64, max_N=64)
     finally:
         on_nodes.node_id = before
-    assert arenas.get(group_name()).span.nodes.ranks == ((0, 2), (1, 3))
+    assert arenas.get(group_name()).span.nodes.ranks == nodes
     results = [invoke(call, operands(call, rank), rank) for call in calls]
     barrier()
     tpo.close()

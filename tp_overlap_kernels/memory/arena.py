@@ -41,20 +41,16 @@ SENTINEL_WORD = -0x7FFF8000  # 0x80008000: two negative zeros, which no sender s
 class Span:
     """What the arena of a group on several nodes has beside the memory of its own node.
 
-    inside: the arena of the ranks of this node, all the memory there is; its ranks are places within the node. across:
-    the group of the ranks that have our place on their nodes. order: int64 [W] on the device, the ranks by place and
-    then by node.
+    node: number of ours. inside: the arena of the ranks of this node, all the memory there is; its ranks are places
+    within the node. across: the group of the ranks that have our place on their nodes. order: int64 [W] on the device,
+    the ranks by place, and of a place as they are in `across`.
     """
 
     nodes: Nodes
+    node: int
     inside: "Arena"
     across: dist.ProcessGroup
     order: torch.Tensor
-
-    @property
-    def node(self) -> int:
-        """Number of this rank's node."""
-        return dist.get_rank(self.across)
 
 
 @dataclass
@@ -351,7 +347,7 @@ def _make_spanning(
         turn=Turn(inside.device),
         cache={},
         prepared={},
-        span=Span(nodes, inside, subgroups.across, torch.tensor(order, device=inside.device)),
+        span=Span(nodes, node, inside, subgroups.across, torch.tensor(order, device=inside.device)),
     )
 
 

@@ -33,8 +33,8 @@ class Nodes:
         return next((node, ranks.index(rank)) for node, ranks in enumerate(self.ranks) if rank in ranks)
 
     def places(self) -> list[tuple[int, ...]]:
-        """The ranks of each place within a node, by node."""
-        return list(zip(*self.ranks, strict=True))
+        """The ranks of each place within a node, ascending: nodes need not come in the same order in each."""
+        return [tuple(sorted(ranks)) for ranks in zip(*self.ranks, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,17 @@ def subgroups(group: dist.ProcessGroup, nodes: Nodes, again: bool) -> Subgroups:
     """This rank's subgroups. Collective over the group; over all of torch.distributed where the group is the world.
 
     again: take those that there are; equal on all ranks.
-    They have the group's backends and its timeout, and live as long as the group.
+    They have the group's backends and its timeout, and live as long as the group. Ranks are in them as in the group.
+    Errors: UnsupportedTopology for a group whose ranks are not in the order of torch.distributed's.
     """
     if again:
         return _made[group]
     global_ranks = dist.get_process_group_ranks(group)
+    if global_ranks != sorted(global_ranks):
+        raise UnsupportedTopology(
+            f"init: the ranks of a group that spans nodes must be in ascending order, got {global_ranks}. "
+            "Make the group with sort_ranks=True."
+        )
     rank = dist.get_rank(group)
     node, place = nodes.find(rank)
     inside = _new_group_of(group, global_ranks, list(nodes.ranks), node)

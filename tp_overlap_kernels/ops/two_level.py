@@ -9,8 +9,8 @@ NCCL, or gloo on the CPU. One rank a node has nothing to sum inside: a GEMM and 
     gemm_all_reduce, all_reduce             gemm_reduce_scatter                                            time
     reduce-scatter inside: place l has      rows of a in the order of places; reduce-scatter inside:         |
       rows [l*c, (l+1)*c) of s_j,             place l has of s_j the n blocks of rows that the ranks         v
-      c = ceil(M / L)                         of place l own, by node; c = ceil(M / W) rows each
-    all-reduce across: of the sum           reduce-scatter across: block j of the sum
+      c = ceil(M / L)                         of place l own; c = ceil(M / W) rows each
+    all-reduce across: of the sum           reduce-scatter across: our block of the sum
     all-gather inside: all rows
 
 Order of the levels: the node comes first, since what crosses between nodes is then 1/L of the sum. With ranks counted
@@ -79,7 +79,7 @@ def reduce_scatter(arena: Arena, op: str, scatter: Callable[[Tensor, Tensor], ob
 
 
 def _rows_by_place(span: Span, M: int, c: int) -> Tensor:
-    """(W * c,) int64: the rows of each rank's block, by place and then by node."""
+    """(W * c,) int64: the rows of each rank's block, by place, and of a place as the ranks are in its group."""
     blocks = span.order[:, None] * c + torch.arange(c, device=span.order.device)
     return blocks.view(-1).clamp_(max=M - 1)
 

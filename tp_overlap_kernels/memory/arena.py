@@ -167,15 +167,14 @@ class Arena:
 
     def release(self) -> None:
         """Give everything back. No collective: a peer may be gone."""
-        self.cache.clear()
-        self.prepared.clear()
         if self.span:
             if self.record.failed and self.group is not None:
                 on_nodes.forget(self.group)
             self.span.inside.release()
-            return
-        if self.watch:
+        elif self.watch:
             self.watch.close()
+        self.cache.clear()
+        self.prepared.clear()
         self.store.close()
 
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables and pictures of README.md and docs/ anew, from bench/results/.
+"""Writes the measured tables and pictures of README.md and docs/ anew, from bench/results/, and the model of nodes.
 
     python docs/tables.py
 
@@ -100,6 +100,34 @@ def proof(folder: pathlib.Path = ROOT / "bench" / "results" / "proof") -> str:
     return "\n".join(lines + tables)
 
 
+def nodes(sum_bytes: int = 8192 * 8192 * 2, inside: int = 8, link: float = 390.0) -> str:
+    """The model of docs/performance.md, in microseconds behind the GEMM: by network and number of nodes.
+
+    inside: ranks of a node. link, network: GB/s of a rank each way, inside a node and between nodes.
+    """
+    titles = (
+        "GB/s a rank between nodes",
+        "nodes",
+        "scatter, hidden",
+        "across",
+        "gather",
+        "AR",
+        "AR flat",
+        "RS",
+        "RS flat",
+    )
+    lines = [_line(*titles), _line(*["---:"] * len(titles))]
+    hop = (inside - 1) / inside * sum_bytes / link / 1e3
+    for network in (50.0, 12.5):
+        crossing = sum_bytes / inside / network / 1e3  # of one rank's share, once
+        for count in (2, 4, 8, 16, 32, 64):
+            share, flat_share = (count - 1) / count, 1 - 1 / (count * inside)
+            flat = flat_share * max(crossing, hop)
+            times = (hop, 2 * share * crossing, hop, 2 * share * crossing + hop, 2 * flat, share * crossing, flat)
+            lines.append(_line(f"{network:g}", count, *(f"{time:.0f}" for time in times)))
+    return "\n".join(lines)
+
+
 def _by_layer(rows: list[Row]) -> dict[str, dict[int, list[Row]]]:
     cases: dict[str, dict[int, list[Row]]] = {}
     for (_, _, layer, M), group in by_case(rows).items():
@@ -121,7 +149,14 @@ def _line(*cells: object) -> str:
 
 
 def main() -> None:
-    blocks = {"summary": summary, "six rows": six_rows, "runs": runs, "every case": every_case, "proof": proof}
+    blocks = {
+        "summary": summary,
+        "six rows": six_rows,
+        "runs": runs,
+        "every case": every_case,
+        "proof": proof,
+        "model of nodes": nodes,
+    }
     for path in (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "proof.md"):
         text = path.read_text()
         for name, block in blocks.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -10,7 +11,7 @@ import torch
 
 from tests import inputs, truth
 from tests.cases import ALL_REDUCE_CASES, CASES, GPU_CASES, Case
-from tests.tolerance import Rounding, check, check_bites, check_bits, tolerance
+from tests.tolerance import Rounding, check, check_bites, check_bits, tolerance, two_level
 
 BIG = Case(64, 96, 512, torch.bfloat16, 4, "big")
 
@@ -183,3 +184,54 @@ def test_inputs_repeat_and_differ_where_they_should():
     assert not torch.equal(a, inputs.operands(BIG, 2)[0])
     assert not torch.equal(a, inputs.operands(BIG, 1, call=1)[0])
     assert a.shape == (64, 512) and b.shape == (96, 512) and a.dtype == torch.bfloat16
+
+
+# --- a sum in nodes, and then between them
+
+
+def summed_by_node(case, ranks_per_node, rounding, bias=0.0, owner_of=None, hops=True, once=True):
+    """(M, N): what two levels give: each node's sum by `rounding`, with the bias on the first, then node after node."""
+    total = torch.zeros(case.M, case.N)
+    for first in range(0, case.world_size, ranks_per_node):
+        node = torch.zeros(case.M, case.N)
+        for place in range(ranks_per_node):
+            a, b = inputs.operands(case, first + place)
+            p = a.float() @ b.float().T
+            travels = p.to(case.dtype).float()
+            if rounding is Rounding.F32:
+                travels = p
+            elif rounding is Rounding.OWNER_F32:
+                travels = torch.where((owner_of == place)[:, None], p, travels)
+            node += travels
+        node += bias if first == 0 or not once else 0.0
+        total += node.to(case.dtype).float()
+        total = total.to(case.dtype).float() if hops else total
+    return total.to(case.dtype)
+
+
+@pytest.mark.parametrize("rounding", [Rounding.WIRE, Rounding.OWNER_F32, Rounding.F32], ids=lambda r: r.name)
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_two_levels_pass_and_their_bound_bites(ranks_per_node, rounding):
+    case, call = dataclasses.replace(BIG, world_size=4), 0
+    owner = torch.arange(case.M) % ranks_per_node
+    t = truth.gemm_all_reduce(case, call=call, with_bias=True)
+    bias = inputs.bias(case, call).float()
+    tol = two_level(t, rounding, ranks_per_node, owner=owner)
+    error = check(summed_by_node(case, ranks_per_node, rounding, bias, owner), t, tol)
+    assert 0.2 < error <= 1, "neither missed nor a hundred times too wide"
+    check_bites(t, tol)
+    if ranks_per_node < 4:
+        with pytest.raises(AssertionError, match="elements are wrong"):
+            check(summed_by_node(case, ranks_per_node, rounding, bias, owner, once=False), t, tol)
+
+
+def test_the_bound_of_two_levels_counts_what_is_rounded():
+    """Fewer nodes, and an owner that keeps its own: less."""
+    t = truth.gemm_all_reduce(BIG)
+    owner = torch.arange(BIG.M) % 2
+    four, two = (two_level(t, Rounding.WIRE, n) for n in (1, 2))
+    assert (two < four).double().mean() > 0.8
+    assert (two_level(t, Rounding.OWNER_F32, 2, owner=owner) < two).all()
+    assert (two_level(t, Rounding.F32, 1) < four).all()
+    one = two_level(t, Rounding.WIRE, 4)
+    assert torch.allclose(one, tolerance(t, Rounding.WIRE), rtol=1e-12)

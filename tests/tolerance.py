@@ -53,6 +53,32 @@ def tolerance(truth: Truth, rounding: Rounding = Rounding.WIRE, *, owner: torch.
     return (1 + 2.0**-6) * (u * rounded + accumulated) + (world_size + 1) * smallest
 
 
+def two_level(
+    truth: Truth, rounding: Rounding, ranks_per_node: int, *, owner: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(rows, N) f64, for a sum that is made in each node by `rounding`, and then across nodes one node after another.
+
+    The sum of a node, with the bias that is not in a partial on the first, is rounded once on its way out, and the
+    running sum with every further node: of n roundings none exceeds u times the nodes' sums in absolute value.
+    owner: (rows,) int64, for OWNER_F32: by place within the node.
+    """
+    world_size = truth.partials.shape[0]
+    u = torch.finfo(truth.dtype).eps / 2
+    nodes = truth.partials.unflatten(0, (-1, ranks_per_node))  # (n, L, rows, N)
+    sums = nodes.sum(1)
+    sums[0] += truth.ref - truth.partials.sum(0)
+    rounded = len(sums) * sums.abs().sum(0)
+    if truth.K_local and rounding is not Rounding.F32:  # else what is sent inside a node is not rounded
+        rounded = rounded + nodes.abs().sum((0, 1))
+        if rounding is Rounding.OWNER_F32:
+            assert owner is not None, "OWNER_F32 needs the owner of each row"
+            place = owner.view(1, 1, -1, 1).expand(len(sums), 1, *truth.ref.shape)
+            rounded = rounded - torch.gather(nodes.abs(), 1, place).sum((0, 1))
+    accumulated = 2 * (truth.K_local + world_size) * U32 * truth.magnitude
+    smallest = torch.finfo(torch.float16).smallest_normal * 2.0**-10 if truth.dtype == torch.float16 else 0.0
+    return (1 + 2.0**-6) * (u * rounded + accumulated) + (world_size + 2 * len(sums)) * smallest
+
+
 def check(out: torch.Tensor, truth: Truth, tol: torch.Tensor, what: str = "out") -> float:
     """Raises unless |out - truth| <= tol everywhere; returns the largest error in units of tol. NaN never passes."""
     assert out.shape == truth.ref.shape, f"{what}: shape {tuple(out.shape)}, wanted {tuple(truth.ref.shape)}"

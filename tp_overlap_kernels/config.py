@@ -10,6 +10,8 @@
 | TP_OVERLAP_TABLE         |         | path of another dispatch table                                              |
 | TP_OVERLAP_CPU_BACKEND   | ref     | CPU tensors: `ref` (torch, fast) or `interp` (the Triton kernels, interpreted) |
 | TP_OVERLAP_LOG_LEVEL     |         | level of the package's logger                                               |
+| TP_OVERLAP_RANKS_PER_NODE |        | for tests and experiments: ranks of torch.distributed, counted in so many,  |
+|                          |         | are taken to be on different nodes, and do not map each other's memory      |
 
 Arguments win over the environment.
 """
@@ -33,6 +35,7 @@ class Settings:
     table: str | None
     cpu_backend: str
     log_level: str | None
+    ranks_per_node: int | None
 
 
 def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -68,4 +71,5 @@ def settings() -> Settings:
         table=os.environ.get("TP_OVERLAP_TABLE") or None,
         cpu_backend=_choice("TP_OVERLAP_CPU_BACKEND", "ref", ("ref", "interp")),
         log_level=os.environ.get("TP_OVERLAP_LOG_LEVEL") or None,
+        ranks_per_node=int(_number("TP_OVERLAP_RANKS_PER_NODE", 0, 0)) or None,
     )

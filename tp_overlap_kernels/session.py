@@ -21,7 +21,7 @@ log = logging.getLogger("tp_overlap_kernels")
 
 @dataclass(frozen=True)
 class GroupInfo:
-    """What `init` has made. `bytes`: symmetric memory of this rank."""
+    """What `init` has made. `bytes`: symmetric memory of this rank. `nodes`: over which the ranks are spread."""
 
     group_name: str
     rank: int
@@ -31,6 +31,7 @@ class GroupInfo:
     max_M: int
     max_N: int
     bytes: int
+    nodes: int = 1
 
 
 def init(
@@ -43,18 +44,22 @@ def init(
 ) -> GroupInfo:
     """Make the arena of a process group: all symmetric memory that the ops on this group will ever use.
 
-    group: a torch process group of 1 to 8 ranks on one host; None is the world, or one rank by itself (group_name
-    "local") where torch.distributed is not initialised. Set the CUDA device first. max_M: rows of the largest call
-    that runs in one piece (default TP_OVERLAP_MAX_TOKENS, else 8192): an engine's prefill budget. max_N: columns of
-    the widest layer (default 8192). dtype: bf16 or fp16; both run in the same arena. store: "auto", "symm_mem"
-    (CUDA), "shm" (CPU processes), "local" (one rank).
+    group: a torch process group of 1 to 8 ranks on one host, or of equally many on each of several; None is the
+    world, or one rank by itself (group_name "local") where torch.distributed is not initialised. Set the CUDA device
+    first. max_M: rows of the largest call that runs in one piece (default TP_OVERLAP_MAX_TOKENS, else 8192): an
+    engine's prefill budget. max_N: columns of the widest layer (default 8192). dtype: bf16 or fp16; both run in the
+    same arena. store: "auto", "symm_mem" (CUDA), "shm" (CPU processes), "local" (one rank a host).
+    On several hosts the ops run in two levels (ops.two_level), and this makes process groups, which live as long as
+    `group`. No rank may be making others meanwhile, and where `group` is a part of the world, its ranks must be members
+    of equally many.
     Collective: every rank of the group calls it, with equal arguments and settings. Where the group has an arena
     already, one that is large enough stays, and a smaller one is replaced, which graphs that were captured with it
     do not survive.
     Errors, on every rank, whichever rank has met them: InvalidInput (bad sizes or settings; ranks that disagree, with
-    every rank's values; a larger arena asked for during graph capture), UnsupportedTopology (more than 8 ranks, a
-    store that cannot serve, memory that cannot be had or that peers do not reach, several hosts), PeerDied and
-    PeerTimeout (a rank ends meanwhile, or never calls; how long it is waited for is torch.distributed's timeout).
+    every rank's values; a larger arena asked for during graph capture), UnsupportedTopology (more than 8 ranks on a
+    host, hosts of unequally many, a store that cannot serve, memory that cannot be had or that peers do not reach),
+    PeerDied and PeerTimeout (a rank ends meanwhile, or never calls; how long it is waited for is torch.distributed's
+    timeout).
     """
 
     def wish() -> arenas.Wish:
@@ -107,7 +112,8 @@ def bytes_needed(max_M: int, max_N: int, dtype: torch.dtype = torch.bfloat16, wo
     """Bytes of symmetric memory a rank that `init` will take; pure, to be called before a KV cache is sized.
 
     At most 2 * max_M * max_N * itemsize + 4 MiB (max_N rounded up to 16), whatever the number of layers.
-    world_size: default that of the initialised torch.distributed, else 1.
+    world_size: default that of the initialised torch.distributed, else 1. In a group on several hosts: the ranks of
+    one host.
     """
     if world_size is None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -209,4 +215,5 @@ def _describe(arena: arenas.Arena) -> GroupInfo:
         max_M=room.max_M,
         max_N=room.max_N,
         bytes=room.total_bytes,
+        nodes=arena.topology.nodes,
     )

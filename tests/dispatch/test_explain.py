@@ -1,5 +1,7 @@
 """The explanation says what is chosen, from what, and why not another; it never disagrees with `select`."""
 
+import dataclasses
+
 import pytest
 
 from tp_overlap_kernels.dispatch.explain import explain_text
@@ -70,3 +72,13 @@ def test_it_explains_what_select_chooses(op, backend, table):
         plan = select(problem, topology, table)
         assert explanation.plan == plan
         assert f"plan   {plan.name}" in str(explanation)
+
+
+def test_the_plan_inside_a_node_is_said():
+    nodes = dataclasses.replace(HERE, world_size=4, inside=HERE)
+    text = str(explain_text(Problem("gemm_all_reduce", 4096, 8192, 1024, "bfloat16", 4), nodes))
+    assert (
+        "  plan   two_level\n  inside push:block_m=128" in text and "M > 512: the sum hides behind the GEMM\n" in text
+    )
+    assert "why    rule: ranks of different nodes do not map each other's memory" in text
+    assert "NVIDIA H200, backend cuda, 2 nodes of 2 ranks, " in text

@@ -1,6 +1,7 @@
 """Choosing: which plan for which problem, on what, and why not another."""
 
 import ast
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -380,3 +381,82 @@ def test_dispatch_loads_no_triton_and_starts_no_cuda():
 def test_the_decode_kernel_has_a_block_for_every_sm_where_k_can_be_split(M, N, K, block_n, splits):
     plan = select(gemm(AR, M, N, K), h200(sentinel_bytes=4 * MIB), forced="decode")
     assert (plan["block_n"], plan["splits"]) == (block_n, splits)
+
+
+# ---- several nodes
+
+
+def on_nodes(inside, nodes=2):
+    return dataclasses.replace(inside, world_size=nodes * inside.world_size, inside=inside)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("inside", [h200(1), h200(8), cpu("interp", 2), cpu("ref", 4)], ids=lambda t: f"{t.backend}")
+def test_on_several_nodes_there_is_one_plan(op, inside):
+    topology = on_nodes(inside, 3)
+    problem = Problem(op, *((1, 8192, 0) if op == "all_reduce" else (16, 8192, 512)), "bfloat16", topology.world_size)
+    flat = "nccl" if op.startswith("all_reduce") else "unfused_nccl"
+    assert topology.nodes == 3 and runnable(problem, topology) == [flat, "two_level"]
+    assert select(problem, topology, forced=f"{flat};push") == Plan(flat)
+    assert select(problem, topology).name == "two_level"
+    assert why_not(Plan("two_level"), problem, inside) == "it is for several nodes"
+    assert "one device" in why_not(Plan("nccl"), elements(8, 4), on_nodes(h200(ranks_per_device=2)))
+    assert "do not map" in why_not(Plan("two_shot"), elements(8, 4), on_nodes(h200()))
+
+
+def test_the_plan_inside_is_that_of_the_nodes_reduce_scatter():
+    """Of as many rows as the node sums, by the table of its ranks; an all-reduce has none."""
+    measured = Table(
+        "test.json",
+        "NVIDIA H200",
+        2,
+        (
+            Entry(
+                RS,
+                8192,
+                4096,
+                "bfloat16",
+                4096,
+                (
+                    Plan.parse(
+                        "push:block_m=64",
+                    ),
+                ),
+            ),
+        ),
+    )
+    for op in (AR, RS, "gemm_all_reduce_add_rms_norm"):
+        plan = select(gemm(op, 4096, world_size=4), on_nodes(h200()), measured)
+        assert plan.inside == select(gemm(RS, 4096), h200(), measured)
+        assert plan.inside.name == "push" and plan.inside["block_m"] == 64
+        assert str(plan) == f"two_level;{plan.inside}", "ranks that differ inside differ in their hash"
+    assert select(gemm(AR, 4097, world_size=4), on_nodes(h200())).inside == select(gemm(RS, 4097), h200())
+    assert select(elements(8, 4), on_nodes(h200())).inside is None
+    assert select(gemm(AR, 16), on_nodes(h200(1))).inside.name == "local"
+
+
+def test_rows_of_the_nodes_reduce_scatter():
+    """A reduce-scatter over all ranks fills up its last block: the blocks of one place on all nodes are then one."""
+    assert gemm(RS, 9, world_size=4).inside(2) == gemm(RS, 12, world_size=2)
+    assert gemm(AR, 9, world_size=4).inside(2) == gemm(RS, 9, world_size=2)
+    assert gemm(RS, 0, world_size=4).inside(2) == gemm(RS, 0, world_size=2)
+
+
+def test_what_is_forced_beside_two_level_is_for_the_inside():
+    topology, problem = on_nodes(h200()), gemm(AR, 4096, world_size=4)
+    plan = select(problem, topology, forced="two_level;push:block_m=64;two_shot")
+    assert (plan.name, plan.inside.name, plan.inside["block_m"]) == ("two_level", "push", 64)
+    assert select(problem, topology, forced="two_level") == select(problem, topology)
+    with pytest.raises(
+        InvalidInput, match=r"do not map .* Force one of unfused_nccl, two_level, .* 'two_level;push'\."
+    ):
+        select(problem, topology, forced="two_shot")
+    with pytest.raises(InvalidInput, match="gemm_reduce_scatter: the forced plan 'two_shot' cannot run"):
+        select(problem, topology, forced="two_level;two_shot")
+    with pytest.raises(InvalidInput, match="it is for several nodes"):
+        select(gemm(AR, 4096), h200(), forced="two_level")
+
+
+def test_a_backend_is_that_of_the_nodes_too():
+    topology = on_nodes(cpu("ref")).with_backend("interp")
+    assert (topology.backend, topology.inside.backend) == ("interp", "interp")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from tests.cases import Case
 from tests.dist import barrier
 from tp_overlap_kernels.lang.interpreter import jitter
 from tp_overlap_kernels.memory import arena as arenas
+from tp_overlap_kernels.memory import nodes as on_nodes
 
 NAN = float("nan")
 
@@ -44,6 +46,7 @@ class Setup:
     max_N: int = 1024
     jitter_s: float = 0.0  # random delays around every signal of the interpreted kernels
     slow_rank: int | None = None  # the only rank with delays; None: all
+    ranks_per_node: int | None = None  # TP_OVERLAP_RANKS_PER_NODE
 
     def __str__(self) -> str:
         return self.plan or self.backend
@@ -147,15 +150,28 @@ def group_name() -> str:
 
 def prepare_arena(setup: Setup) -> arenas.Arena:
     """An arena of exactly the capacity asked for, with NaN wherever data will be."""
-    info = tpo.init(max_M=setup.max_M, max_N=setup.max_N)
-    if (info.max_M, info.max_N) != (setup.max_M, setup.max_N):  # a larger one was there
-        tpo.close()
-        tpo.init(max_M=setup.max_M, max_N=setup.max_N)
+    with nodes_of(setup.ranks_per_node):
+        info = tpo.init(max_M=setup.max_M, max_N=setup.max_N)
+        if (info.max_M, info.max_N) != (setup.max_M, setup.max_N):  # a larger one was there
+            tpo.close()
+            tpo.init(max_M=setup.max_M, max_N=setup.max_N)
     arena = arenas.get(group_name())
     barrier()
     arena.store.buffer[arena.layout.one_shot :].view(torch.bfloat16).fill_(NAN)
     barrier()
     return arena
+
+
+@contextlib.contextmanager
+def nodes_of(ranks_per_node: int | None) -> Iterator[None]:
+    """While it lasts, `init` sees the ranks on nodes of so many."""
+    before = on_nodes.settings
+    seen = dataclasses.replace(before(), ranks_per_node=ranks_per_node)
+    on_nodes.settings = lambda: seen
+    try:
+        yield
+    finally:
+        on_nodes.settings = before
 
 
 def operands(call: Call, rank: int, device: str = "cpu") -> list[torch.Tensor]:

@@ -54,23 +54,31 @@ def check(ranks, setup: Setup, calls: list[Call], rows_at_once: int | None = Non
     """Every rank makes the calls in a row; every result is judged. ranks: the fixture."""
     by_rank = ranks(calls[0].case.world_size).run(make_calls, setup, calls)
     for call, results in zip(calls, zip(*by_rank, strict=True), strict=True):
-        judge(call, plan_name(setup, call), list(results), rows_at_once)
+        judge(call, plan_name(setup, call), list(results), rows_at_once, setup.ranks_per_node)
 
 
 def plan_name(setup: Setup, call: Call) -> str:
-    """The plan that runs; "" where dispatch chooses, which is enough for exact inputs."""
-    if call.case.world_size == 1:
+    """The plan that runs, on several nodes the one inside; "" where dispatch chooses, enough for exact inputs."""
+    if 1 in (call.case.world_size, setup.ranks_per_node):
         return "local"
     if setup.backend == "ref":
         return "ref"
     names = [plan.split(":")[0] for plan in (call.plan or setup.plan or "").split(";")]
-    return next((name for name in names if name in PLAN_NAMES[call.op]), "")
+    op = call.op if setup.ranks_per_node is None else "gemm_reduce_scatter"
+    return next((name for name in names if name in PLAN_NAMES[op]), "")
 
 
-def judge(call: Call, plan: str, results: list[torch.Tensor], rows_at_once: int | None = None) -> None:
+def judge(
+    call: Call,
+    plan: str,
+    results: list[torch.Tensor],
+    rows_at_once: int | None = None,
+    ranks_per_node: int | None = None,
+) -> None:
     """Raises unless `results`, by rank, are what the operator promises.
 
     plan: name of the plan that ran. rows_at_once: rows of a chunk, where the call was larger than the arena.
+    ranks_per_node: where the ranks were on several nodes; plan is then the one inside.
     """
     case = call.case
     for rank, result in enumerate(results):
@@ -87,15 +95,22 @@ def judge(call: Call, plan: str, results: list[torch.Tensor], rows_at_once: int 
     if call.kind != "normal":
         _check_exact(call, whole, wanted, what)
         return
-    wanted, bound = allowed(call, plan, wanted, inputs.bias(case, call.number), rows_at_once)
+    wanted, bound = allowed(call, plan, wanted, inputs.bias(case, call.number), rows_at_once, ranks_per_node)
     tolerance.check_bites(wanted, bound)
     tolerance.check(whole, wanted, bound, what)
 
 
 def allowed(
-    call: Call, plan: str, wanted: Truth, bias: torch.Tensor, rows_at_once: int | None = None
+    call: Call,
+    plan: str,
+    wanted: Truth,
+    bias: torch.Tensor,
+    rows_at_once: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> tuple[Truth, torch.Tensor]:
     """The truth with the bias where the plan adds it, and by how much the plan may miss it, element by element."""
+    if ranks_per_node is not None:
+        return _allowed_on_nodes(call, plan, wanted, bias, ranks_per_node)
     if call.op == "all_reduce":
         return wanted, tolerance.tolerance(wanted, Rounding.EACH_HOP if plan == "nccl" else Rounding.WIRE)
     rounding, place = RULES[plan]
@@ -107,6 +122,20 @@ def allowed(
     # cuBLAS may round the product.
     u = torch.finfo(call.case.dtype).eps / 2
     return wanted, tolerance.tolerance(wanted, rounding, owner=owner) + (1 + 2.0**-6) * u * product.abs()
+
+
+def _allowed_on_nodes(
+    call: Call, plan: str, wanted: Truth, bias: torch.Tensor, ranks_per_node: int
+) -> tuple[Truth, torch.Tensor]:
+    rounding, place = RULES[plan] if call.op != "all_reduce" else (Rounding.WIRE, SUM)
+    owner = places(call, ranks_per_node)
+    if not call.bias or place == SUM:
+        return wanted, tolerance.two_level(wanted, rounding, ranks_per_node, owner=owner)
+    assert place == RANK_0, "the rank within the first node is not known"
+    wanted, product = _with_bias_in_partial(call, wanted, bias, place, owner)
+    u = torch.finfo(call.case.dtype).eps / 2  # as in `allowed`
+    own = (1 + 2.0**-6) * u * product.abs()
+    return wanted, tolerance.two_level(wanted, rounding, ranks_per_node, owner=owner) + own
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -136,6 +165,14 @@ def owners(call: Call, rows_at_once: int | None = None) -> torch.Tensor:
     first = row // rows_at_once * rows_at_once
     height = (M - first).clamp_max(rows_at_once)
     return (row - first) // ((height + world_size - 1) // world_size)
+
+
+def places(call: Call, ranks_per_node: int) -> torch.Tensor:
+    """(M,) the place within each node of the rank that sums each row there."""
+    M, world_size = call.case.M, call.case.world_size
+    if call.op == "gemm_reduce_scatter":
+        return torch.arange(M) // max(1, -(-M // world_size)) % ranks_per_node
+    return torch.arange(M) // max(1, -(-M // ranks_per_node))
 
 
 def _with_bias_in_partial(

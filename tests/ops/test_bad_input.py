@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tp_overlap_kernels as tpo
-from tp_overlap_kernels.memory import arena as arenas
+from tp_overlap_kernels.memory import nodes
 
 GROUP = "local"  # the group of one rank, where torch.distributed is not initialised
 GEMMS = ("gemm_all_reduce", "gemm_reduce_scatter")
@@ -204,8 +204,8 @@ def test_world_sizes(world_size):
 
 def test_a_group_that_is_too_large(monkeypatch):
     tpo.close()
-    monkeypatch.setattr(arenas, "MAX_WORLD_SIZE", 0)
-    with pytest.raises(tpo.UnsupportedTopology, match="init: world sizes 1 to 0 are supported, got 1"):
+    monkeypatch.setattr(nodes, "MAX_WORLD_SIZE", 0)
+    with pytest.raises(tpo.UnsupportedTopology, match="init: 1 to 0 ranks of a group on a node are supported, got 1"):
         tpo.init(max_M=16, max_N=16)
 
 

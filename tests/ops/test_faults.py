@@ -144,7 +144,7 @@ def _with_ranks_that_leave() -> list[Fault]:
     return rows
 
 
-EXCHANGES = 8  # of init: cards, file, mapping, reach (2), board (2), ready
+EXCHANGES = 9  # of init: hosts, cards, file, mapping, reach (2), board (2), ready
 ERROR_AT = {
     "sizes": "InvalidInput",
     "table": "InvalidInput",

@@ -30,6 +30,7 @@ class Explanation:
                 str(self.problem),
                 f"  plan   {plan.name}{_time(plan)}",
                 *([f"         {_params(plan)}"] if plan.params else []),
+                *([f"  inside {plan.inside}: {plan.inside.why}"] if plan.inside else []),
                 f"  why    {why}",
                 *self._others(),
                 f"  where  {self._where()}",
@@ -54,6 +55,8 @@ class Explanation:
     def _where(self) -> str:
         here = self.topology
         ranks = f", {here.ranks_per_device} ranks a device" if here.ranks_per_device > 1 else ""
+        if here.inside:
+            ranks += f", {here.nodes} nodes of {here.inside.world_size} ranks"
         native = "with" if here.native else "without"
         return (
             f"{here.device}, backend {here.backend}{ranks}, {native} the CUDA library, "

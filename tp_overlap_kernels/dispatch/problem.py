@@ -15,7 +15,8 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 PITCH_ELEMS = 16  # rows of partials in the arena start at multiples of this many elements, as memory.layout has it
 
 # Every plan there is, by operator, the preferred ones first where nothing else decides.
-# "local" (one rank, nothing to send) and "ref" (CPU reference) belong to all operators and stand in _ANYWHERE.
+# "local" (one rank, nothing to send), "ref" (CPU reference) and "two_level" (several nodes) belong to all operators and
+# stand in _ANYWHERE.
 _SUMS = {
     "gemm_all_reduce": (
         "two_shot",
@@ -48,7 +49,7 @@ PLAN_NAMES = {
     "all_reduce_add_rms_norm": ("one_shot_norm", "sentinel_norm", *_SUMS["all_reduce"]),
 }
 OPS = tuple(PLAN_NAMES)
-_ANYWHERE = ("local", "ref")
+_ANYWHERE = ("local", "two_level", "ref")
 _ALL_NAMES = frozenset(name for names in PLAN_NAMES.values() for name in names) | frozenset(_ANYWHERE)
 
 PARAM_NAMES = (
@@ -120,6 +121,15 @@ class Problem:
             return dataclasses.replace(self, op=op, M=1, N=self.M * self.N)
         return dataclasses.replace(self, op=op)
 
+    def inside(self, ranks_per_node: int) -> Problem | None:
+        """The reduce-scatter that each node runs of this call, as ops.two_level has it; None where no GEMM is in it."""
+        if SUM_OF.get(self.op, self.op) == "all_reduce":
+            return None
+        rows = self.M
+        if self.op == "gemm_reduce_scatter":
+            rows = -(-self.M // self.world_size) * self.world_size
+        return dataclasses.replace(self, op="gemm_reduce_scatter", M=rows, world_size=ranks_per_node)
+
     def call_hash(self, plan: str = "") -> int:
         """16 bits over all fields and the plan, equal in every process and never 0; it travels in each signal word.
 
@@ -152,17 +162,27 @@ class Topology:
     sentinel_bytes: int = 0  # largest message (message_bytes) of the CUDA sentinel kernel
     staged_bytes: int = 0  # of a rank's share of a call that the arena holds, on its way to the owner and as a sum
     tile_slots: int = 0  # flags of tiles
+    inside: Topology | None = None  # of one node, where the group is on several; all but world_size is then as there
 
     def __post_init__(self) -> None:
         if self.backend not in ("cuda", "interp", "ref"):
             raise InvalidInput(f"dispatch: unknown backend {self.backend!r}. Give one of cuda, interp, ref.")
+
+    @property
+    def nodes(self) -> int:
+        return self.world_size // self.inside.world_size if self.inside else 1
+
+    def with_backend(self, backend: str) -> Topology:
+        """The same machine with another backend."""
+        return dataclasses.replace(self, backend=backend, inside=self.inside and self.inside.with_backend(backend))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A way to run a problem: a name of PLAN_NAMES and the numbers its kernel takes.
 
-    Two plans are equal when name and params are; `why` and `us` only tell where the plan came from.
+    Two plans are equal when name, params and inside are; `why` and `us` only tell where the plan came from.
+    inside: of a two_level plan, the reduce-scatter that each node runs.
     params are kept in the order of PARAM_NAMES, so that the order in which they were written does not matter.
     """
 
@@ -170,6 +190,7 @@ class Plan:
     params: tuple[tuple[str, int], ...] = ()
     why: str = dataclasses.field(default="", compare=False)
     us: float | None = dataclasses.field(default=None, compare=False)  # measured microseconds, where known
+    inside: Plan | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted({key for key, _ in self.params} - set(PARAM_NAMES))
@@ -191,7 +212,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Reads `name` or `name:key=val,key=val`; the inverse of str()."""
+        """Reads `name` or `name:key=val,key=val`; the inverse of str(), but for the plan inside."""
         name, _, tail = text.strip().partition(":")
         if name not in _ALL_NAMES:
             raise InvalidInput(f"plan {text!r}: unknown name {name!r}. Known are {', '.join(sorted(_ALL_NAMES))}.")
@@ -207,4 +228,5 @@ class Plan:
         return cls(name, tuple(params.items()))
 
     def __str__(self) -> str:
-        return self.name + (":" if self.params else "") + ",".join(f"{key}={value}" for key, value in self.params)
+        own = self.name + (":" if self.params else "") + ",".join(f"{key}={value}" for key, value in self.params)
+        return f"{own};{self.inside}" if self.inside else own

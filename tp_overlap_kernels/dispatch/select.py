@@ -76,7 +76,9 @@ def select(problem: Problem, topology: Topology, table: Table | None = None, for
     """The plan for `problem`, with every kernel parameter filled in.
 
     forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
-    the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file.
+    the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file. On several
+    nodes "two_level" is the plan, and what stands beside it is that of the reduce-scatter inside ("two_level;push");
+    one flat collective must be forced ("unfused_nccl;nccl").
     Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
     """
     return decide(problem, topology, table, forced).plan
@@ -90,15 +92,17 @@ def decide(problem: Problem, topology: Topology, table: Table | None = None, for
             f"its group world_size={topology.world_size}. Both must come from one group."
         )
     if forced:
-        return Decision(_forced(problem, topology, forced), "forced", ())
-    measured = _one_launch_first(problem, table.lookup(problem)) if table and topology.backend == "cuda" else []
+        return Decision(_forced(problem, topology, table, forced), "forced", ())
+    measured = []
+    if table and topology.backend == "cuda" and not topology.inside:
+        measured = _one_launch_first(problem, table.lookup(problem))
     looked_at = [(plan, why_not(plan, problem, topology)) for plan in measured]
     source = "table"
     if all(reason for _, reason in looked_at):
         looked_at += [(plan, why_not(plan, problem, topology)) for plan in _by_rule(problem, topology, table)]
         source = "rule"
     plan = next(plan for plan, reason in looked_at if reason is None)
-    return Decision(_complete(plan, problem, topology), source, tuple(looked_at))
+    return Decision(_complete(plan, problem, topology, table), source, tuple(looked_at))
 
 
 def _by_rule(problem: Problem, topology: Topology, table: Table | None) -> list[Plan]:
@@ -125,12 +129,16 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     only = _only_plan(topology)
     if plan.name == only:
         return None
-    if plan.name in ("local", "ref"):
-        return f"it is for {'one rank' if plan.name == 'local' else 'the ref backend'}"
+    if plan.name in _ONLY:
+        return f"it is for {_ONLY[plan.name]}"
     if plan.name not in PLAN_NAMES[problem.op]:
         return f"it is not a plan of {problem.op}"
+    if only == "two_level":
+        if plan.name in _FLAT:  # collectives of the whole group: of any backend, gloo's too
+            return _nccl_limit(plan, problem, topology) if topology.backend == "cuda" else None
+        return "ranks of different nodes do not map each other's memory"
     if only:
-        return f"{'one rank' if only == 'local' else 'the ref backend'} knows only the plan {only!r}"
+        return f"{_ONLY[only]} knows only the plan {only!r}"
     if topology.backend == "interp" and plan.name in _CUDA_ONLY:
         return "it is CUDA code, which has no CPU twin"
     limit = _LIMITS.get(plan.name)
@@ -139,7 +147,7 @@ def why_not(plan: Plan, problem: Problem, topology: Topology) -> str | None:
 
 def runnable(problem: Problem, topology: Topology) -> list[str]:
     """Names of the plans that can run `problem` here."""
-    names = (*PLAN_NAMES[problem.op], "local", "ref")
+    names = (*PLAN_NAMES[problem.op], *_ONLY)
     return [name for name in names if why_not(Plan(name), problem, topology) is None]
 
 
@@ -147,7 +155,7 @@ def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
     """Candidates without a measurement, best guess first; the last one can always run."""
     only = _only_plan(topology)
     if only:
-        return [Plan(only, why="one rank has nothing to send" if only == "local" else "the CPU reference")]
+        return [Plan(only, why=_WHY_ONLY[only])]
     rule = _INTERP_RULES if topology.backend == "interp" else _CUDA_RULES
     return [Plan(name, why=why) for name, why in rule[problem.op](problem)]
 
@@ -166,9 +174,21 @@ _CUDA_ONLY = (
 )
 
 
+_FLAT = ("nccl", "unfused_nccl")
+# Plans that stand alone where they run, but for a flat collective that is forced on several nodes; and where that is.
+_ONLY = {"local": "one rank", "two_level": "several nodes", "ref": "the ref backend"}
+_WHY_ONLY = {
+    "local": "one rank has nothing to send",
+    "two_level": "ranks of different nodes do not map each other's memory",
+    "ref": "the CPU reference",
+}
+
+
 def _only_plan(topology: Topology) -> str | None:
     if topology.world_size == 1:
         return "local"
+    if topology.inside:
+        return "two_level"
     return "ref" if topology.backend == "ref" else None
 
 
@@ -370,19 +390,32 @@ _INTERP_RULES = {
 # ---- filling in
 
 
-def _forced(problem: Problem, topology: Topology, forced: str) -> Plan:
-    plans = [Plan.parse(text) for text in forced.split(";")]
+def _forced(problem: Problem, topology: Topology, table: Table | None, forced: str) -> Plan:
+    texts = forced.split(";")
+    plans = [Plan.parse(text) for text in texts]
     plan = next((plan for plan in plans if plan.name in PLAN_NAMES[problem.op]), plans[0])
+    rest = None
+    if topology.inside:
+        plan = next((named for named in plans if named.name == "two_level"), plan)
+        rest = ";".join(text for text, named in zip(texts, plans, strict=True) if named is not plan)
     reason = why_not(plan, problem, topology)
     if reason:
+        beside = " The plan inside a node stands beside it: 'two_level;push'." if topology.inside else ""
         raise InvalidInput(
             f"{problem.op}: the forced plan {str(plan)!r} cannot run M={problem.M}, N={problem.N}, K={problem.K}, "
             f"{problem.dtype}, world_size={problem.world_size} on backend {topology.backend!r}: {reason}. "
             f"Force one of {', '.join(runnable(problem, topology))}, or none (force_plan(None), unset TP_OVERLAP_PLAN)."
+            f"{beside}"
         )
-    return _complete(dataclasses.replace(plan, why="forced"), problem, topology)
+    return _complete(dataclasses.replace(plan, why="forced"), problem, topology, table, rest)
 
 
-def _complete(plan: Plan, problem: Problem, topology: Topology) -> Plan:
+def _complete(
+    plan: Plan, problem: Problem, topology: Topology, table: Table | None = None, forced: str | None = None
+) -> Plan:
+    """forced: of the plan inside a node."""
+    if plan.name == "two_level" and topology.inside:
+        inside = problem.inside(topology.inside.world_size)
+        return dataclasses.replace(plan, inside=select(inside, topology.inside, table, forced) if inside else None)
     served = _served(plan.name, problem)
     return plan.with_defaults(default_params(plan.name, served, topology, dict(plan.params)))

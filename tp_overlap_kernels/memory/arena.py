@@ -6,11 +6,10 @@ outside graph capture.
 
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +18,12 @@ import torch.distributed as dist
 from ..config import settings
 from ..dispatch import Table, Topology, load
 from ..errors import GroupFailed, InvalidInput, NotInitialised, PeerDied, UnsupportedTopology
+from . import nodes as on_nodes
 from . import store as stores
 from .agreement import exchange
 from .board import Board
-from .layout import MAX_WORLD_SIZE, Layout, layout
+from .layout import Layout, layout
+from .nodes import Nodes
 from .reach import check_reach
 from .record import Record, cause_of, ended
 from .topology import check_device, device_of, native_library, ranks_on_same_device
@@ -36,10 +37,28 @@ CONTROL_WORDS = 64
 SENTINEL_WORD = -0x7FFF8000  # 0x80008000: two negative zeros, which no sender sends
 
 
+@dataclass(frozen=True)
+class Span:
+    """What the arena of a group on several nodes has beside the memory of its own node.
+
+    node: number of ours. inside: the arena of the ranks of this node, all the memory there is; its ranks are places
+    within the node. across: the group of the ranks that have our place on their nodes. order: int64 [W] on the device,
+    the ranks by place, and of a place as they are in `across`.
+    """
+
+    nodes: Nodes
+    node: int
+    inside: "Arena"
+    across: dist.ProcessGroup
+    order: torch.Tensor
+
+
 @dataclass
 class Arena:
     """One group's memory and state, as this rank sees it.
 
+    On several nodes (`span`) memory, layout and record are those of this rank's node; rank and world_size those of the
+    whole group.
     heap: int64 [3 W] on the device, the arena bases of all ranks (`heap_of`). control: int64 [64] on the device, local
     (words in lang.signal).
     """
@@ -63,6 +82,7 @@ class Arena:
     side_streams: list[Any] = field(default_factory=list)  # made at init: capture may not create them
     cache: dict[Any, Any] = field(default_factory=dict)  # plans and compiled kernels; dies with the arena
     prepared: dict[Any, Any] = field(default_factory=dict)  # calls checked and planned before (ops.prepared); likewise
+    span: Span | None = None
 
     @property
     def timeout_ns(self) -> int:
@@ -79,6 +99,8 @@ class Arena:
 
     def error(self, look: bool = True) -> GroupFailed:
         """Why the group has failed. look: also at the headers of the ranks."""
+        if self.span:
+            return self.span.inside.error(look)
         watch, wait = self.watch, self.record.read()
         dead, told, closed = (watch.dead, watch.told, watch.closed) if watch else ({}, {}, set())
         if wait is not None:
@@ -124,8 +146,11 @@ class Arena:
         """Tell the peers that this rank has closed; unless the group has failed, wait until they have, too.
 
         Words of the arena and no collective of torch's: a rank whose wait has failed leaves at once, its peers need not
-        know of it, and their next collectives must match all the same.
+        know of it, and their next collectives must match all the same. On several nodes: the peers of our own.
         """
+        if self.span:
+            self.span.inside.part()
+            return
         if self.watch:
             self.watch.post_end()
         for peer in range(self.world_size):
@@ -142,7 +167,11 @@ class Arena:
 
     def release(self) -> None:
         """Give everything back. No collective: a peer may be gone."""
-        if self.watch:
+        if self.span:
+            if self.record.failed and self.group is not None:
+                on_nodes.forget(self.group)
+            self.span.inside.release()
+        elif self.watch:
             self.watch.close()
         self.cache.clear()
         self.prepared.clear()
@@ -215,9 +244,11 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
     """
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
-    world_size = dist.get_world_size(group) if group else 1
-    if world_size > MAX_WORLD_SIZE:
-        raise UnsupportedTopology(f"init: world sizes 1 to {MAX_WORLD_SIZE} are supported, got {world_size}.")
+    ids, pids = zip(*exchange(group, lambda: (on_nodes.node_id(), os.getpid())), strict=True)
+    nodes = on_nodes.partition(list(ids))
+    node, _ = nodes.find(dist.get_rank(group) if group else 0)
+    beside = {rank: pids[rank] for rank in nodes.ranks[node]}  # of other hosts they would say nothing here
+    world_size = nodes.ranks_per_node  # of those that share an arena
     old = find(name_of(group))
     found: dict[str, Any] = {}
 
@@ -234,16 +265,17 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
             "itemsize": asked.dtype.itemsize,
             "store": stores.pick(asked.store, device, world_size),
             "device": device.type,
-            "host": socket.gethostname(),
+            "subgroups": on_nodes.known(group, nodes) and not (old and old.record.failed),
+            "groups": on_nodes.groups_of_this_process(),
             "table": table.digest() if table else None,
             "plan": settings().plan,
             "native": native_library(device),
-            "arena": (old.layout.max_M, old.layout.max_N) if old and not old.record.failed else (0, 0),
+            "arena": _capacity(old, nodes),
             "pid": os.getpid(),
             "device_id": _device_id(device),
         }
 
-    cards = exchange(group, look_here)
+    cards = exchange(group, look_here, beside)
     _check_agreement(cards)
     asked = found["asked"]
     there = [card["arena"] for card in cards]
@@ -253,10 +285,73 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
         destroy(old)
     max_M, max_N = (max(sizes) for sizes in zip((asked.max_M, asked.max_N), *there, strict=True))
     plan = layout(max_M, max_N, asked.dtype.itemsize, world_size)
-    return _make(group, plan, cards[0]["store"], found["device"], found["table"], cards, backend)
+
+    def make(name: str, group: dist.ProcessGroup | None, cards: list[Any]) -> Arena:
+        return _make(name, group, plan, cards[0]["store"], found["device"], found["table"], cards, backend)
+
+    if len(nodes.ranks) == 1:
+        arena = make(name_of(group), group, cards)
+    else:
+        assert group is not None
+        arena = _make_spanning(group, nodes, cards, make)
+    with _lock:
+        _arenas[arena.group_name] = arena
+    if arena.rank == 0:
+        log.info(
+            "%s: %d bytes of %s memory, topology %s",
+            *(arena.group_name, plan.total_bytes, arena.store.name, arena.topology),
+        )
+    return arena
+
+
+def _capacity(arena: Arena | None, nodes: Nodes) -> tuple[int, int]:
+    """(max_M, max_N) of an arena that may stay; it has no room if it has failed, or lies on other nodes."""
+    on = arena.span.nodes if arena is not None and arena.span else None
+    if arena is None or arena.record.failed or on != (nodes if len(nodes.ranks) > 1 else None):
+        return 0, 0
+    return arena.layout.max_M, arena.layout.max_N
+
+
+def _make_spanning(
+    group: dist.ProcessGroup,
+    nodes: Nodes,
+    cards: list[Any],
+    make: Callable[[str, dist.ProcessGroup, list[Any]], Arena],
+) -> Arena:
+    """The arena of a group on several nodes: that of our node, and the group between the nodes. Collective."""
+    if len(cards) < dist.get_world_size():
+        on_nodes.check_names([card["groups"] for card in cards])
+    subgroups = on_nodes.subgroups(group, nodes, again=all(card["subgroups"] for card in cards))
+    rank = dist.get_rank(group)
+    node, _ = nodes.find(rank)
+    ranks, name = nodes.ranks[node], group.group_name
+    label = f"{name}, node {node}, where rank i is rank {list(ranks)}[i] of the group"
+    beside = {rank: cards[rank]["pid"] for rank in ranks}
+    made: list[Arena] = []
+    try:
+        exchange(group, lambda: made.append(make(label, subgroups.inside, [cards[rank] for rank in ranks])), beside)
+    except BaseException:  # another node has failed
+        for arena in made:
+            arena.release()
+        raise
+    inside = made[0]
+    order = [rank for place in nodes.places() for rank in place]
+    return replace(
+        inside,
+        group_name=name,
+        group=group,
+        rank=rank,
+        world_size=len(cards),
+        topology=replace(inside.topology, world_size=len(cards), inside=inside.topology),
+        turn=Turn(inside.device),
+        cache={},
+        prepared={},
+        span=Span(nodes, node, inside, subgroups.across, torch.tensor(order, device=inside.device)),
+    )
 
 
 def _make(
+    name: str,
     group: dist.ProcessGroup | None,
     plan: Layout,
     kind: str,
@@ -265,7 +360,7 @@ def _make(
     cards: list[Any],
     backend: str,
 ) -> Arena:
-    """A new arena, registered. Collective. cards: what every rank has said of itself."""
+    """A new arena. Collective. cards: what every rank has said of itself."""
     pids = {rank: card["pid"] for rank, card in enumerate(cards)}
     symmetric = stores.create(kind, plan.total_bytes, device, group, pids)
     board = None
@@ -275,7 +370,9 @@ def _make(
             board = _board(group, pids, device)
         made: list[Arena] = []
         # No rank signals before every rank's pads are zero, and it has all else that may fail to be had.
-        exchange(group, lambda: made.append(_furnish(group, plan, symmetric, device, table, cards, backend)), pids)
+        exchange(
+            group, lambda: made.append(_furnish(name, group, plan, symmetric, device, table, cards, backend)), pids
+        )
     except BaseException:
         if board is not None:
             board.close()
@@ -285,14 +382,11 @@ def _make(
     if plan.world_size > 1:
         peers = {peer: pid for peer, pid in pids.items() if peer != arena.rank}
         arena.watch = Watch(arena.record, peers, lambda: str(arena.error(look=False)), board)
-    with _lock:
-        _arenas[arena.group_name] = arena
-    if arena.rank == 0:
-        log.info("%s: %d bytes of %s memory, topology %s", arena.group_name, plan.total_bytes, kind, arena.topology)
     return arena
 
 
 def _furnish(
+    name: str,
     group: dist.ProcessGroup | None,
     plan: Layout,
     symmetric: stores.Store,
@@ -314,7 +408,7 @@ def _furnish(
         **plan.limits(),
     )
     arena = Arena(
-        group_name=name_of(group),
+        group_name=name,
         group=group,
         rank=rank,
         world_size=world_size,
@@ -359,12 +453,6 @@ def destroy(arena: Arena) -> None:
 
 def _check_agreement(cards: list[Any]) -> None:
     """Refuse, on every rank alike, what all ranks must share and do not."""
-    hosts = [card["host"] for card in cards]
-    if len(set(hosts)) > 1:
-        raise UnsupportedTopology(
-            f"init: the ranks of a group must share one host, got {hosts} (by rank). Make a group of the ranks of each "
-            "host, and use NCCL between hosts."
-        )
     for key in ("max_M", "max_N", "itemsize", "store", "device", "table", "plan"):
         values = [card[key] for card in cards]
         if any(value != values[0] for value in values):

@@ -11,6 +11,7 @@ ranks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 ALIGNMENT_BYTES = 512
 SLACK_BYTES = 4 << 20
@@ -75,7 +76,7 @@ class Layout:
         """Bytes of all signal pads together."""
         return self.sentinel
 
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> dict[str, Any]:
         """What dispatch has to know of it, under the names of `dispatch.Topology`."""
         shares = max(1, self.world_size - 1)  # of other ranks, in the result
         return {

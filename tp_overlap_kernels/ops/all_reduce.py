@@ -13,10 +13,10 @@ from ..errors import InvalidInput
 from ..memory.arena import Arena
 from ..memory.record import op_code
 from ..memory.turn import stream_of
-from . import reference
+from . import reference, two_level
 from .arena_words import DTYPE_CODES, of_sentinels
 from .checks import check_apart, check_arena, check_out, check_tensors
-from .execute import plan_for, settle
+from .execute import backend_of, plan_for, settle
 from .library import register
 from .prepared import Prepared, recall, remember, sum_key_of
 
@@ -97,6 +97,9 @@ def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
     if plan.name == "ref":
         reference.all_reduce(arena, x, out, word)
         return None
+    if plan.name == "two_level":
+        _two_level(arena, x, out, word)
+        return None
     from . import launches
 
     step = launches.elements_that_fit(arena, plan, x.element_size())
@@ -111,6 +114,33 @@ def sum_into(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int):
         run(arena, plan, x[start : start + step], out[start : start + step], word)
     launches.spoil(arena, out)
     return None
+
+
+def _two_level(arena: Arena, x: Tensor, out: Tensor, word: int) -> None:
+    """In pieces of which the node's arena holds the shards; x and out flat."""
+    inside = two_level.span_of(arena).inside
+    backend, step = backend_of(arena), x.numel()
+    if inside.world_size > 1 and backend != "ref":
+        from . import launches
+
+        step = launches.elements_that_fit(inside, Plan("two_shot"), x.element_size())
+    for start in range(0, x.numel(), step):
+        piece, sums = x[start : start + step].view(-1, 1), out[start : start + step].view(-1, 1)
+        two_level.all_reduce(arena, OP, partial(_scatter_inside, inside, backend, piece, word), sums)
+
+
+def _scatter_inside(inside: Arena, backend: str, x: Tensor, word: int, shard: Tensor) -> None:
+    """shard = this place's elements of the sum of x [n, 1] over the ranks of our node."""
+    with inside.turn:
+        if inside.world_size == 1:
+            shard.copy_(x)
+        elif backend == "ref":
+            reference.reduce_scatter(inside, x, shard, word)
+        else:
+            from . import launches
+
+            launches.reduce_scatter(inside, x, None, shard, word)
+        settle(inside, shard)
 
 
 def _sentinel(arena: Arena, plan: Plan, x: Tensor, out: Tensor, word: int) -> "_IssuedSentinel":

@@ -78,7 +78,7 @@ def topology_of(arena: Arena) -> Topology:
     """The arena's topology, with the CPU backend in force now."""
     backend = backend_of(arena)
     if arena.topology.backend != backend:
-        arena.topology = Topology(**{**arena.topology.__dict__, "backend": backend})
+        arena.topology = arena.topology.with_backend(backend)
     return arena.topology
 
 

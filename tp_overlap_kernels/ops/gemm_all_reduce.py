@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..dispatch import Plan
 from ..memory.arena import Arena
-from . import reference
+from . import reference, two_level
 from .all_reduce import sum_into
 from .checks import check_apart, check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
+from .gemm_reduce_scatter import scatter_inside
 from .library import register
 from .prepared import Behind, Prepared, key_of, recall, remember
 
@@ -96,6 +97,9 @@ def begins_with_a_product(plan: Plan) -> bool:
 
 def run_fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):
     """A plan in which the sum begins before the product has ended; a 2-D, out [M, N], in chunks that fit the arena."""
+    if plan.name == "two_level":
+        two_level.all_reduce(arena, OP, partial(scatter_inside, arena, plan, word, a, b, bias), out)
+        return None
     from . import decode, launches
     from .chunked import gemm_all_reduce_chunked
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
-from . import reference, scatter_sentinel
+from . import reference, scatter_sentinel, two_level
 from .checks import check_apart, check_arena, check_gemm, check_out
 from .execute import plan_for, settle, warn_chunked
 from .library import register
@@ -84,11 +84,33 @@ def _run(arena: Arena, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return None
     plan, word = plan_for(arena, OP, M, N, K, a.dtype, bias is not None)
+    return _prepare(arena, plan, word, a, b, bias, out)
+
+
+def _prepare(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Prepared:
     call = Prepared(arena.turn, partial(_issue, arena, plan, word), out)
     with arena.turn:
         issued = call.issue(a, b, bias, out)
     call.learn(issued, a, b, bias, out)
     return call
+
+
+def scatter_inside(
+    arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, shard: Tensor
+) -> None:
+    """shard = this place's rows of the sum over our node of a @ b.T, plus bias on the first node, by `plan.inside`.
+
+    arena, plan, word: of a two_level call, whatever its op; all that ranks must agree on inside is in the word.
+    """
+    span = two_level.span_of(arena)
+    inside, bias = span.inside, bias if span.node == 0 else None
+    assert plan.inside is not None
+    key = (word, *key_of(OP, a, b, bias, shard))
+    call = inside.prepared.get(key)
+    if call is None:
+        remember(inside, key, _prepare(inside, plan.inside, word, a, b, bias, shard))
+    else:
+        call.gemm(a, b, bias, shard)
 
 
 def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor):
@@ -97,12 +119,21 @@ def _issue(arena: Arena, plan: Plan, word: int, a: Tensor, b: Tensor, bias: Tens
     if a.dim() != 2:
         a = a.reshape(_rows(a), b.shape[1])
     bias = bias.contiguous() if bias is not None else None  # the kernels index it by column
-    if plan.name in ("local", "ref") or plan.name == "unfused_nccl":
+    if plan.name == "two_level":
+        scatter = partial(_scatter_rows, arena, plan, word, b, bias)
+        two_level.reduce_scatter(arena, OP, scatter, a, out)
+    elif plan.name in ("local", "ref") or plan.name == "unfused_nccl":
         _unfused(arena, plan, a, b, bias, out, word)
     else:
         issued = _in_chunks(arena, plan, a, b, bias, out, word)
     settle(arena, out)
     return issued
+
+
+def _scatter_rows(
+    arena: Arena, plan: Plan, word: int, b: Tensor, bias: Tensor | None, a: Tensor, shards: Tensor
+) -> None:
+    scatter_inside(arena, plan, word, a, b, bias, shards)
 
 
 def _in_chunks(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int):

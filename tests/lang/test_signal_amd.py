@@ -52,24 +52,25 @@ def count(control_ptr):
 
 @contextlib.contextmanager
 def stand_ins(looks: Callable[[int, int], None] = lambda n, address: None) -> Iterator[list[str]]:
-    """For the assembly: one thread a program, and a clock that goes on by a millisecond whenever it is read.
+    """For the assembly: a few threads a program, and a clock that goes on by a millisecond whenever it is read.
 
     looks(n, address): what happens before the n-th look at a word. Yields what was passed, in order.
     """
     passed: list[str] = []
     state = {"looks": 0, "now": 1000}
 
-    def look(address: int, kind: type) -> int:
+    def look(address: int) -> None:
         state["looks"] += 1
         looks(state["looks"], address)
-        return kind.from_address(address).value
 
     def word_at(address):
-        return as_tensor(look(value_of(address), ctypes.c_int64), tl.int64)
+        look(value_of(address))
+        return as_tensor(ctypes.c_int64.from_address(value_of(address)).value, tl.int64)
 
     def words_at(addresses, BITS):
-        value = look(int(addresses.handle.data.item()), ctypes.c_int64 if value_of(BITS) == 64 else ctypes.c_int32)
-        return as_tensor(value, tl.int64) + tl.zeros((1,), tl.int64)
+        look(int(addresses.handle.data[0]))
+        dtype = tl.int64 if value_of(BITS) == 64 else tl.int32
+        return tl.load(addresses.to(tl.pointer_type(dtype))).to(tl.int64)
 
     def clock_ns():
         passed.append("clock")
@@ -156,11 +157,18 @@ def test_another_call_of_the_peer_is_seen_in_its_header(header, code):
     assert group.failed(code, header if code == MISMATCH else 0)
 
 
-def test_all_waits_told_to_end():
+@pytest.mark.parametrize("sent", [0, WORD], ids=["sent nothing", "sent just then"])
+def test_all_waits_told_to_end(sent):
     group = Group()
     group.record.words[0] = 1
-    group.wait()
-    assert group.failed(ABORTED, 0)
+    abort = group.record.words.data_ptr()
+
+    def happens(n, address):
+        if address == abort:
+            group.slot[0] = sent
+
+    group.wait(happens)
+    assert group.failed(ABORTED, sent)
 
 
 @pytest.mark.parametrize(
@@ -218,26 +226,36 @@ def test_the_last_program_advances_the_epoch():
         assert passed == ["join"] * 3
 
 
+@pytest.fixture(params=[1, 4], ids=["1 thread", "4 threads"])
+def threads(request, monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(distributed, "threads", lambda: tl.constexpr(request.param))
+    vars(distributed._poll_amd.fn).pop("_cpu_python", None)  # which has been rewritten for one thread
+    yield
+    vars(distributed._poll_amd.fn).pop("_cpu_python", None)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_words_are_waited_for_one_after_the_other(dtype):
-    """As many at a time as there are threads: here one."""
-    words, out = torch.tensor([2, 0, 2], dtype=dtype), torch.full((1,), -1, dtype=torch.int32)
+    """As many at a time as there are threads. What lies behind the last is not looked at."""
+    words, out = torch.tensor([2, 0, 2, 2, 2, 2, 7], dtype=dtype), torch.full((1,), -1, dtype=torch.int32)
     table = torch.zeros(16, dtype=torch.int64)
 
     def looks(n, address):
         assert n < 5000
-        if n == 1000:
+        if n == 600:
             words[1] = 2
 
     with stand_ins(looks) as passed:
-        interpret(wait_for_words, 1, words, out, table, 3, 2, dtype.itemsize * 8)
-    assert out.item() == 0 and passed[-1] == "acquire"
+        interpret(wait_for_words, 1, words, out, table, 6, 2, dtype.itemsize * 8)
+    assert out.item() == 0 and passed[-1] == "acquire" and words[1] == 2
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("wanted", [2, -2])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_a_word_that_does_not_come(dtype, wanted):
-    words, out = torch.tensor([wanted, 1, 0], dtype=dtype), torch.full((1,), -1, dtype=torch.int32)
+    words, out = torch.tensor([wanted, 1, wanted], dtype=dtype), torch.full((1,), -1, dtype=torch.int32)
     table = torch.zeros(16, dtype=torch.int64)
     table[distributed.TIMEOUT_NS.value] = 1
     with stand_ins():
@@ -249,3 +267,12 @@ def test_a_word_that_does_not_come(dtype, wanted):
         table[distributed.SEEN.value] = -7
         interpret(wait_for_words, 1, words, out, table, 3, wanted, dtype.itemsize * 8)
     assert out.item() == 1 and table[distributed.SEEN.value] == -7, "reported twice"
+
+
+def test_one_wait_leaves_its_word():
+    words, out = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1, dtype=torch.int32)
+    table = torch.zeros(16, dtype=torch.int64)
+    table[distributed.TIMEOUT_NS.value], table[distributed.FAILED.value] = 1, 1
+    with stand_ins(), substitute(gcn.word_at, lambda address: as_tensor(0, tl.int64)):  # it failed just after the look
+        interpret(wait_for_words, 1, words, out, table, 1, 2, 64)
+    assert out.item() == 1 and table[distributed.ADDRESS.value] == 0

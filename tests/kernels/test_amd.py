@@ -71,6 +71,17 @@ def test_tiles_move_16_bytes_at_a_time(amd, name):
     gates.wide_accesses(amd[name].asm["amdgcn"], narrow_loads="of 4 ranks" in name, partials=partials)
 
 
+def test_a_header_is_not_left_in_the_cache(amd):
+    """Nothing is released behind it before the first tile has been sent."""
+    stored = [line for line in gates.lines_of(amd["begin_call"].asm["amdgcn"]) if "_store_" in line]
+    assert [line for line in stored if re.search(r"^global_store_dwordx2 .* sc0 sc1$", line)], stored
+
+
+def test_blocks_begin_one_after_the_other(amd):
+    text = "\n".join(gates.lines_of(amd["gemm_all_reduce_two_shot_push"].asm["amdgcn"]))
+    assert re.search(r"s_memrealtime.*?s_sleep.*?s_memrealtime.*?s_cbranch", text, re.S), "nobody sleeps by the clock"
+
+
 def test_no_kernel_is_left_out(amd):
     """A kernel has the name of its file, or stands in stream_signals."""
     launched = set()

@@ -6,7 +6,7 @@ what it returns is handed to all. What the memory model of gfx942 asks for at sy
 * A release is `buffer_wbl2 sc0 sc1`, which writes back what the L2 holds of other devices' memory, and a wait for that
   and for the wave's own stores. Every wave does it, and then comes the barrier: `s_barrier` waits for waves and not for
   their stores, and a release by one wave would wait for its own alone. It is not left to an atomic with sem="release":
-  where LLVM knows of no store under way, it drops the wait between the write-back and the atomic.
+  where LLVM knows of no access under way, it drops the wait between the write-back and the atomic.
 * An acquire is `buffer_inv sc0 sc1`, which drops what the L1 holds, and the L2 of other devices' memory.
 * Loads and stores with sc0 sc1 go past the caches.
 

@@ -58,10 +58,11 @@ def loads_of_tiles(lines: list[Line]) -> list[int]:
     return found
 
 
-def loads_follow_their_wait(compiled) -> None:
+def loads_follow_their_wait(compiled, wait: str = "barrier.red") -> None:
     """Between a wait and the load of what it waited for stand only operations on registers, in one block.
 
-    So the load was neither pulled out of the loop that waits, nor pipelined into an iteration before.
+    So the load was neither pulled out of the loop that waits, nor pipelined into an iteration before. wait: what the
+    piece of assembly holds that ends one.
     """
     lines = lines_of(compiled.asm["ttgir"])
     tiles = loads_of_tiles(lines)
@@ -70,7 +71,7 @@ def loads_follow_their_wait(compiled) -> None:
         line = lines[at]
         assert line.operation == "tt.load", f"an asynchronous copy from an arena: {line.text!r}"
         for before in reversed(lines[:at]):
-            if before.operation == "tt.elementwise_inline_asm" and "barrier.red" in before.text:
+            if before.operation == "tt.elementwise_inline_asm" and wait in before.text:
                 break
             is_word = before.operation == "tt.load" and "x!tt.ptr<" not in before.text
             assert before.indent == line.indent and (is_word or HARMLESS.match(before.operation)), (

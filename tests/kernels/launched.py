@@ -37,8 +37,8 @@ class Launched:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def compile(self):
-        """Triton's compiled kernel for sm_90a, specialised as the launch would specialise it."""
+    def compile(self, compiler: Callable = ptx.hopper):
+        """Triton's compiled kernel for sm_90a, or as `compiler` makes it, specialised as the launch would be."""
         types_by_name, constants, aligned = {}, dict(self.meta), []
         for name, arg in zip(self.kernel.arg_names, self.args, strict=False):
             kind, is_aligned = _type_of(arg)
@@ -52,7 +52,7 @@ class Launched:
             types_by_name[name] = kind
             if is_aligned:
                 aligned.append(name)
-        return ptx.hopper(self.kernel, types_by_name, constants, aligned)
+        return compiler(self.kernel, types_by_name, constants, aligned)
 
 
 def _type_of(arg: Any) -> tuple[str, bool]:

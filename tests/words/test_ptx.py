@@ -41,13 +41,18 @@ SIZES = ("n", "N", "K")  # of the examples; multiples of 16, as in a model
 
 @functools.cache
 def compiled(name: str):
+    return compiled_by(ptx.hopper, name)
+
+
+def compiled_by(compiler, name: str):
+    """By tests.ptx.hopper, or another of its kind."""
     in_example = getattr(all_gather, name, None) or getattr(gemm_reduce_scatter, name, None)
     kernel = in_example if name in OF_EXAMPLES else getattr(kernels, name)
     arguments = {**OF_EXAMPLES, **BOTH, **OTHERS}[name]
     types = {key: value for key, value in arguments.items() if isinstance(value, str)} | {"tpo_world": "*i64"}
     constants = {key: value for key, value in arguments.items() if key not in types}
     aligned = [key for key, kind in types.items() if kind.startswith("*") or (name in OF_EXAMPLES and key in SIZES)]
-    return ptx.hopper(kernel, types, constants | {"num_warps": 4}, aligned)
+    return compiler(kernel, types, constants | {"num_warps": 4}, aligned)
 
 
 OTHERS = {

@@ -68,6 +68,8 @@ def gemm_all_reduce_one_shot_push(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    a_desc = tile.operand(a_desc, M, K, BLOCK_M, BLOCK_K)
+    b_desc = tile.operand(b_desc, N, K, BLOCK_N, BLOCK_K)
     epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)
     word = signal.call_word(epoch, call_hash)
     half = epoch & 1

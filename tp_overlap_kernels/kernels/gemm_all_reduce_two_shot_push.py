@@ -74,6 +74,8 @@ def gemm_all_reduce_two_shot_push(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    a_desc = tile.operand(a_desc, M, K, BLOCK_M, BLOCK_K)
+    b_desc = tile.operand(b_desc, N, K, BLOCK_N, BLOCK_K)
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     epoch, heap_ptr = signal.enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD)

@@ -27,9 +27,12 @@ import time
 import triton
 import triton.language as tl
 
+from . import gcn
 from .distributed_ptx import NOTIFY_ADD, WAIT_ACQUIRE_32, WAIT_ACQUIRE_64, WAIT_RELAXED_32, WAIT_RELAXED_64
 from .interpreter import as_tensor, cpu_impl, pause, program_state, value_of
 from .signal import notify as set_slot
+from .signal_amd import notify_add
+from .target import on_amd, threads
 from .with_world import jit
 
 __all__ = ["consume_token", "jit", "notify", "num_ranks", "rank", "symm_at", "wait"]
@@ -100,7 +103,10 @@ def notify(ptr, rank, signal=1, sig_op: tl.constexpr = _SET, comm_scope: tl.cons
 @triton.jit
 def add_to_slot(slot, value):
     """As signal.notify, but adding."""
-    return tl.inline_asm_elementwise(NOTIFY_ADD, "=r,l,l", [slot, value], dtype=tl.int32, is_pure=False, pack=1)
+    if on_amd():
+        notify_add(slot, value)
+    else:
+        tl.inline_asm_elementwise(NOTIFY_ADD, "=r,l,l", [slot, value], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -128,7 +134,9 @@ def wait(barrierPtrs, numBarriers, scope: tl.constexpr, semantic: tl.constexpr, 
 def wait_equal(first, count, wanted, world, SEMANTIC: tl.constexpr, BITS: tl.constexpr):
     """`wait` of addresses. Returns 0, or 1 if it has ended in vain, equal in all threads."""
     wanted = tl.full((), 0, tl.int64) + wanted
-    if BITS == 64:
+    if on_amd():
+        return _poll_amd(first, count, wanted, world, SEMANTIC, BITS)
+    elif BITS == 64:
         ASM: tl.constexpr = WAIT_ACQUIRE_64 if SEMANTIC == "acquire" else WAIT_RELAXED_64
         return _poll(ASM, "=r,l,r,l,l", first, count, wanted, world)
     else:
@@ -140,6 +148,48 @@ def wait_equal(first, count, wanted, world, SEMANTIC: tl.constexpr, BITS: tl.con
 def _poll(ASM: tl.constexpr, OPERANDS: tl.constexpr, first, count, wanted, world):
     args = [first, count, wanted, world]
     return tl.inline_asm_elementwise(ASM, OPERANDS, args, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _poll_amd(first, count, wanted, world, SEMANTIC: tl.constexpr, BITS: tl.constexpr):
+    """All threads look at as many words as there are threads, until none differs; then at the next ones."""
+    EACH: tl.constexpr = threads()
+    if BITS == 32:
+        wanted = wanted.to(tl.int32).to(tl.int64)
+    table = world.to(tl.pointer_type(tl.int64))
+    status = tl.full((), 0, tl.int32)
+    started = tl.full((), 0, tl.int64)
+    polls = tl.full((), 0, tl.int32)
+    for start in tl.range(0, count, EACH):
+        # past the end: the last word once more
+        addresses = first + tl.minimum(start + tl.arange(0, EACH), count - 1).to(tl.int64) * (BITS // 8)
+        seen = gcn.words_at(addresses, BITS)
+        while (status == 0) & (tl.max((seen != wanted).to(tl.int32)) != 0):
+            polls += 1
+            if polls % 1024 == 512:
+                now = gcn.clock_ns()
+                started = tl.where(started == 0, now, started)
+                limit = tl.load(table + TIMEOUT_NS)
+                if gcn.word_at(world + FAILED * 8) != 0:
+                    status = tl.full((), 1, tl.int32)
+                elif (limit != 0) & (now - started > limit):
+                    status = tl.full((), 1, tl.int32)
+                    _report_amd(table, addresses, wanted, seen)
+            seen = gcn.words_at(addresses, BITS)
+    if SEMANTIC == "acquire":
+        gcn.acquire()
+    return status
+
+
+@triton.jit
+def _report_amd(table, addresses, wanted, seen):
+    """Leave in the world's table one word that was waited for in vain, unless there is one."""
+    zero = tl.full((), 0, tl.int64)
+    if tl.atomic_cas(table + FAILED, zero, zero + 1, sem="acq_rel", scope="gpu") == 0:
+        address = tl.max(tl.where(seen != wanted, addresses, 0))
+        tl.store(table + ADDRESS, address)
+        tl.store(table + WANTED, wanted)
+        tl.store(table + SEEN, tl.max(tl.where(addresses == address, seen, -(1 << 63))))
 
 
 @triton.jit
@@ -160,7 +210,10 @@ def consume_token(value, token):
 @triton.jit
 def zero_after(token):
     """0, in a way that the compiler cannot know."""
-    return tl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [token], dtype=tl.int32, is_pure=True, pack=1)
+    if on_amd():
+        return gcn.zero_after(token)
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [token], dtype=tl.int32, is_pure=True, pack=1)
 
 
 # ---- the CPU's stand-ins

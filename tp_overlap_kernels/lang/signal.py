@@ -18,7 +18,12 @@ Every word here is `.sys` scoped, has the CTA barrier on the side where it belon
   thread that gives up writes the record described in `memory.record`, once a group, and sets `control[FAILED]`,
   after which no wait of the group lasts.
 
-`control` is a device-local array of int64 (one a group), `record` is pinned host memory that the device can write.
+`control` is a device-local array of int64 (one a group; its words: control.py), `record` is pinned host memory that the
+device can write.
+
+That is said of NVIDIA GPUs, for which the assembly is ptx.py's. Compiled for an AMD GPU the words that need assembly
+take their bodies from signal_amd.py; the clock is `s_memrealtime` (100 MHz on gfx942), and there is no programmatic
+launch, so that `after_previous_kernel` has nothing to wait for: a kernel starts when the one before it has ended.
 """
 
 import ctypes
@@ -27,25 +32,26 @@ import time
 import triton
 import triton.language as tl
 
+from . import gcn, signal_amd
+from .control import (
+    ABORTED,
+    ENTERED,
+    EPOCH,
+    FAILED,
+    HEADERS,
+    HEADERS_BYTES,
+    LEFT,
+    MISMATCH,
+    OK,
+    REPORTER,
+    STAGED,
+    TIMEOUT,
+)
 from .interpreter import address_of, as_tensor, cpu_impl, pause, program_state, value_of
 from .ptx import ENTER, NOTIFY, STAGGER, WAIT
-
-# words of `control`
-EPOCH = tl.constexpr(0)  # the last call that this rank has entered with its whole grid
-ENTERED = tl.constexpr(1)  # CTAs that have read the epoch of the running call
-SENTINEL_CALLS = tl.constexpr(2)  # used by csrc/kernels/all_reduce_one_shot_sentinel.cu
-SENTINEL_BYTES = tl.constexpr(3)  # likewise
-FAILED = tl.constexpr(4)  # nonzero: every wait returns at once
-REPORTER = tl.constexpr(5)  # 0 until one thread has taken the record
-LEFT = tl.constexpr(6)  # CTAs that have ended in the running call
-STAGED = tl.constexpr(7)  # the last call that ended with `leave`
-HEADERS = tl.constexpr(8)  # address of our header slots [2, W]: the call word of each peer by parity of the epoch
-HEADERS_BYTES = tl.constexpr(9)  # W * 8
+from .target import on_amd
 
 LAST_EPOCH = (1 << 47) - 1
-
-# status of a wait, and `record[CODE]`
-OK, TIMEOUT, MISMATCH, ABORTED = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
@@ -81,16 +87,21 @@ def enter(heap_ptr, control_ptr, header_offset, call_hash, rank, WORLD: tl.const
     heap_ptr = reachable(heap_ptr, tl.load(control_ptr + FAILED), WORLD)
     count_in(control_ptr, epoch)
     if tl.program_id(0) == 0:
+        THROUGH: tl.constexpr = ".wt" if on_amd() else ""  # its L2 would keep the word until the next release
         for i in tl.static_range(1, WORLD):
             header = tl.load(heap_ptr + (rank + i) % WORLD) + header_offset + ((epoch & 1) * WORLD + rank) * 8
-            tl.store(header.to(tl.pointer_type(tl.int64)), call_word(epoch, call_hash))
+            tl.store(header.to(tl.pointer_type(tl.int64)), call_word(epoch, call_hash), cache_modifier=THROUGH)
     return epoch, heap_ptr
 
 
 @triton.jit
 def count_in(control_ptr, epoch):
     """Join the CTA and count it among those that have read the epoch; the last one advances it."""
-    tl.inline_asm_elementwise(ENTER, "=r,l,l", [control_ptr.to(tl.int64), epoch], dtype=tl.int32, is_pure=False, pack=1)
+    if on_amd():
+        signal_amd.count_in(control_ptr, epoch)
+    else:
+        args = [control_ptr.to(tl.int64), epoch]
+        tl.inline_asm_elementwise(ENTER, "=r,l,l", args, dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -106,7 +117,10 @@ def notify(slot, word):
 
     slot: int64 address of a 64-bit slot (ours or a peer's). word: int64. All threads of the CTA must call it.
     """
-    return tl.inline_asm_elementwise(NOTIFY, "=r,l,l", [slot, word], dtype=tl.int32, is_pure=False, pack=1)
+    if on_amd():
+        signal_amd.notify(slot, word)
+    else:
+        tl.inline_asm_elementwise(NOTIFY, "=r,l,l", [slot, word], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -116,14 +130,17 @@ def wait(slot, word, timeout_ns, control_ptr, record_ptr, who):
     slot: int64 address in our own memory. who: from `waiter`. Returns OK, or why the data must not be used, equal
     in all threads.
     """
-    return tl.inline_asm_elementwise(
-        WAIT,
-        "=r,l,l,l,l,l,l",
-        [slot, word, tl.full((), 0, tl.int64) + timeout_ns, control_ptr.to(tl.int64), record_ptr.to(tl.int64), who],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    if on_amd():
+        return signal_amd.wait(slot, word, timeout_ns, control_ptr, record_ptr, who)
+    else:
+        return tl.inline_asm_elementwise(
+            WAIT,
+            "=r,l,l,l,l,l,l",
+            [slot, word, tl.full((), 0, tl.int64) + timeout_ns, control_ptr.to(tl.int64), record_ptr.to(tl.int64), who],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -135,7 +152,10 @@ def stagger(delay_ns):
     """
     if delay_ns > 0:
         delay = tl.full((), 0, tl.int64) + delay_ns
-        tl.inline_asm_elementwise(STAGGER, "=r,l", [delay], dtype=tl.int32, is_pure=False, pack=1)
+        if on_amd():
+            gcn.stagger(delay)
+        else:
+            tl.inline_asm_elementwise(STAGGER, "=r,l", [delay], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -154,7 +174,7 @@ def spoil(out_ptr, n, failed, DTYPE: tl.constexpr):
 @triton.jit
 def fill_nan(out_ptr, n, DTYPE: tl.constexpr):
     """n elements, by this CTA alone."""
-    BLOCK: tl.constexpr = 4096  # 16 bytes a thread at least, with 16 warps too
+    BLOCK: tl.constexpr = 8192 if on_amd() else 4096  # 16 bytes a thread at least, with 16 warps too
     for start in tl.range(tl.full((), 0, tl.int64), tl.full((), 0, tl.int64) + n, BLOCK):
         index = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + index, tl.full((BLOCK,), float("nan"), tl.float32).to(DTYPE), mask=index < n)
@@ -165,8 +185,11 @@ def after_previous_kernel():
     """For a kernel launched with `launch_pdl`: wait until the kernel before it in the stream has ended and is visible.
 
     To be called first. What it saves is the launch itself, which then lies under the other kernel's end: about 1 us.
+    On an AMD GPU there is no such launch, and nothing is done.
     """
-    tl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    if not on_amd():
+        asm: tl.constexpr = "griddepcontrol.wait; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -203,7 +226,10 @@ def leave(heap_ptr, control_ptr, done_offset, epoch, rank, WORLD: tl.constexpr):
 
     `done[rank]` at a peer is what lets that peer overwrite, in its next call, what we have read in this one.
     """
-    tl.debug_barrier()
+    if on_amd():
+        gcn.join()
+    else:
+        tl.debug_barrier()
     ended = tl.atomic_add(control_ptr + LEFT, 1, sem="acq_rel", scope="gpu")
     if ended == tl.num_programs(0) - 1:
         tl.store(control_ptr + LEFT, 0)

@@ -8,6 +8,8 @@ rows: it is masked, signalled as all others are, and costs one tile of time on a
 import triton
 import triton.language as tl
 
+from .target import on_amd
+
 
 @triton.jit
 def pivot(step, tiles_per_owner, rank, WORLD: tl.constexpr):
@@ -40,6 +42,19 @@ def offsets(row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def elements(rows, cols):
     """rows * cols, which may pass 2^31."""
     return (tl.full((), 0, tl.int64) + rows) * cols
+
+
+@triton.jit
+def operand(source, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """What loads blocks of an operand of rows x cols, 0 outside: `source`, a tensor descriptor of it.
+
+    For an AMD GPU, which has no TMA, `source` is a pointer to contiguous rows. (A descriptor that is an argument would
+    become loads there, too, but of 2 bytes: nothing would be known of its address and strides.)
+    """
+    if on_amd():
+        return tl.make_tensor_descriptor(source, [rows, cols], [cols, 1], [BLOCK_ROWS, BLOCK_COLS])
+    else:
+        return source
 
 
 @triton.jit

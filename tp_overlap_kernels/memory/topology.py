@@ -19,8 +19,18 @@ def device_of(store: str) -> torch.device:
 
 
 def check_device(device: torch.device, world_size: int) -> None:
-    """Refuse a GPU that lacks instructions of the kernels: they are of compute capability 9.0."""
-    if device.type == "cuda" and world_size > 1 and torch.cuda.get_device_capability(device) < (9, 0):
+    """Refuse a GPU that lacks instructions of the kernels: they are of compute capability 9.0.
+
+    And one of AMD, whose numbers of that kind mean something else (an MI300 says 9.4).
+    """
+    if device.type != "cuda" or world_size == 1:
+        return
+    if torch.version.hip:
+        raise UnsupportedTopology(
+            f"init: {torch.cuda.get_device_name(device)} is an AMD GPU (torch is built for ROCm {torch.version.hip}). "
+            "The kernels compile for gfx942 and have never run there (docs/support.md). Use RCCL here."
+        )
+    if torch.cuda.get_device_capability(device) < (9, 0):
         raise UnsupportedTopology(
             f"init: {torch.cuda.get_device_name(device)} has compute capability "
             f"{torch.cuda.get_device_capability(device)}, and the kernels need (9, 0) or above. Use NCCL here."

@@ -14,6 +14,7 @@ import re
 from tp_overlap_kernels.bench.plot import plot
 from tp_overlap_kernels.bench.report import BANDS, by_case, floor_ratios, geometric_mean
 from tp_overlap_kernels.bench.results import Row, best_unfused, read_rows
+from tp_overlap_kernels.dispatch import nodes_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WAYS = ("ours", "best unfused of each case", "matmul+nccl")
@@ -117,14 +118,11 @@ def nodes(sum_bytes: int = 8192 * 8192 * 2, inside: int = 8, link: float = 390.0
         "RS flat",
     )
     lines = [_line(*titles), _line(*["---:"] * len(titles))]
-    hop = (inside - 1) / inside * sum_bytes / link / 1e3
     for network in (50.0, 12.5):
-        crossing = sum_bytes / inside / network / 1e3  # of one rank's share, once
         for count in (2, 4, 8, 16, 32, 64):
-            share, flat_share = (count - 1) / count, 1 - 1 / (count * inside)
-            flat = flat_share * max(crossing, hop)
-            times = (hop, 2 * share * crossing, hop, 2 * share * crossing + hop, 2 * flat, share * crossing, flat)
-            lines.append(_line(f"{network:g}", count, *(f"{time:.0f}" for time in times)))
+            of = nodes_model.times(sum_bytes, count, inside, link, network)
+            ways = (of.two_level("gemm_all_reduce"), of.one_level("gemm_all_reduce"), of.across, of.flat)
+            lines.append(_line(f"{network:g}", count, *(f"{us:.0f}" for us in (of.hop, 2 * of.across, of.hop, *ways))))
     return "\n".join(lines)
 
 

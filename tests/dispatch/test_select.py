@@ -391,8 +391,8 @@ def on_nodes(inside, nodes=2):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("inside", [h200(1), h200(8), cpu("interp", 2), cpu("ref", 4)], ids=lambda t: f"{t.backend}")
-def test_on_several_nodes_there_is_one_plan(op, inside):
+@pytest.mark.parametrize("inside", [h200(1), h200(2), cpu("interp", 2), cpu("ref", 4)], ids=lambda t: f"{t.backend}")
+def test_on_several_nodes_there_are_two_plans(op, inside):
     topology = on_nodes(inside, 3)
     problem = Problem(op, *((1, 8192, 0) if op == "all_reduce" else (16, 8192, 512)), "bfloat16", topology.world_size)
     flat = "nccl" if op.startswith("all_reduce") else "unfused_nccl"
@@ -402,6 +402,24 @@ def test_on_several_nodes_there_is_one_plan(op, inside):
     assert why_not(Plan("two_level"), problem, inside) == "it is for several nodes"
     assert "one device" in why_not(Plan("nccl"), elements(8, 4), on_nodes(h200(ranks_per_device=2)))
     assert "do not map" in why_not(Plan("two_shot"), elements(8, 4), on_nodes(h200()))
+
+
+@pytest.mark.parametrize(
+    ("per_node", "nodes", "names"),
+    [
+        pytest.param(2, 2, ["two_level", "two_level", "two_level"], id="the network has much to carry a rank"),
+        pytest.param(8, 2, ["unfused_nccl", "two_level", "nccl"], id="the gather is not worth it"),
+        pytest.param(4, 8, ["unfused_nccl", "two_level", "nccl"], id="nor with many nodes"),
+        pytest.param(4, 3, ["two_level", "two_level", "nccl"], id="behind a GEMM alone"),
+        pytest.param(1, 2, ["two_level", "two_level", "two_level"], id="both are the same"),
+    ],
+)
+def test_on_gpus_two_levels_are_taken_where_they_cost_less_than_one(per_node, nodes, names):
+    topology, W = on_nodes(h200(per_node), nodes), per_node * nodes
+    problems = [gemm(AR, 4096, world_size=W), gemm(RS, 4096, world_size=W), elements(1 << 24, W)]
+    assert [select(problem, topology).name for problem in problems] == names
+    on_cpu = on_nodes(cpu("ref", per_node), nodes)
+    assert {select(problem, on_cpu).name for problem in problems} == {"two_level"}
 
 
 def test_the_plan_inside_is_that_of_the_nodes_reduce_scatter():

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ..errors import InvalidInput
+from . import nodes_model
 from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, default_params
 from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
@@ -76,9 +77,9 @@ def select(problem: Problem, topology: Topology, table: Table | None = None, for
     """The plan for `problem`, with every kernel parameter filled in.
 
     forced: `name` or `name:key=val,...`, or several of these with ";" between them, of which the first that belongs to
-    the op counts ("two_shot;push" forces all ops). Parameters left open take the defaults of this file. On several
-    nodes "two_level" is the plan, and what stands beside it is that of the reduce-scatter inside ("two_level;push");
-    one flat collective must be forced ("unfused_nccl;nccl").
+    the op counts ("two_shot;push" forces all ops). Parameters left open take those of defaults.py. On several nodes
+    what stands beside "two_level" is the plan of the reduce-scatter inside ("two_level;push"); one flat collective is
+    forced by "unfused_nccl;nccl".
     Errors: InvalidInput when the forced plan cannot run, with the reason and the plans that can.
     """
     return decide(problem, topology, table, forced).plan
@@ -154,10 +155,23 @@ def runnable(problem: Problem, topology: Topology) -> list[str]:
 def rule_of_thumb(problem: Problem, topology: Topology) -> list[Plan]:
     """Candidates without a measurement, best guess first; the last one can always run."""
     only = _only_plan(topology)
+    if only == "two_level" and topology.backend == "cuda":
+        return _on_nodes(problem, topology)
     if only:
         return [Plan(only, why=_WHY_ONLY[only])]
     rule = _INTERP_RULES if topology.backend == "interp" else _CUDA_RULES
     return [Plan(name, why=why) for name, why in rule[problem.op](problem)]
+
+
+def _on_nodes(problem: Problem, topology: Topology) -> list[Plan]:
+    """Two levels, or one flat collective behind the GEMM: by the bytes over either link (nodes_model.py)."""
+    assert topology.inside is not None
+    of = nodes_model.times(problem.message_bytes, topology.nodes, topology.inside.world_size)
+    flat = "nccl" if problem.op == "all_reduce" else "unfused_nccl"
+    us = {"two_level": of.two_level(problem.op), flat: of.one_level(problem.op)}
+    why = _WHY_ONLY["two_level"]
+    ordered = sorted(us.items(), key=lambda each: each[1])
+    return [Plan(name, why=f"{why}; {time:.0f} us behind the GEMM, by bytes alone") for name, time in ordered]
 
 
 # ---- what a plan needs

@@ -80,12 +80,11 @@ def elements_that_fit(arena: Arena, plan: Plan, itemsize: int) -> int:
         return min(room.one_shot_bytes // itemsize, room.one_shot_tiles * 1024)
     if plan.name == "sentinel":
         return room.sentinel_bytes // itemsize
-    slot, result = room.staging_slot_bytes // itemsize, (room.total_bytes - room.result) // itemsize
+    slot, block = room.staging_slot_bytes // itemsize, COPY_BLOCKS[1]
     # A part is rounded up to whole blocks; in a tiny arena one owner may get all.
-    part = min(slot, result // W) // COPY_BLOCKS[1] * COPY_BLOCKS[1]
-    step = W * part if slot >= 4 * COPY_BLOCKS[1] else min(slot, result)
-    by_flags = room.tile_slots // W * COPY_BLOCKS[1] * W
-    return min(step, by_flags, 1 << 30)
+    step = W * (slot // block * block) if slot >= 4 * block else slot
+    by_flags = room.tile_slots // W * block * W
+    return min(step, by_flags, (room.total_bytes - room.result) // itemsize, 1 << 30)
 
 
 def spoil(arena: Arena, out: Tensor) -> None:

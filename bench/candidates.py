@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tp_overlap_kernels.dispatch.defaults import plan_of_kernel
+from tp_overlap_kernels.dispatch.problem import Plan
+
 from .cases import ALL_REDUCE, ALL_REDUCE_NORM, GEMM_ALL_REDUCE, GEMM_ALL_REDUCE_NORM, GEMM_REDUCE_SCATTER, Case
 
 ANY = 1 << 30
@@ -130,12 +133,13 @@ def _staged(name: str) -> list[Candidate]:
 
 
 def _sm90(op: str) -> list[Candidate]:
-    names = ("block_n", "group_m", "lead", "stagings", "piece", "senders", "cluster_m", "cluster_n")
-    return [
-        Candidate("sm90:" + ",".join(f"{k}={v}" for k, v in zip(names, numbers, strict=True)), least)
-        for cols, stagings, cluster, lead, piece, senders, least in _SM90[op]
-        for numbers in [(cols, 8, lead, stagings, piece, senders, *cluster)]
-    ]
+    """One for each row of _SM90."""
+    found = []
+    for cols, stagings, (down, across), lead, piece, senders, least in _SM90[op]:
+        link = (("lead", lead), ("piece", piece), ("senders", senders))
+        plan = Plan("sm90", (*plan_of_kernel((cols, stagings, down, across)).params, ("group_m", 8), *link))
+        found.append(Candidate(str(plan), least))
+    return found
 
 
 def _chunked() -> list[Candidate]:

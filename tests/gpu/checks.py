@@ -14,7 +14,7 @@ from tests.cases import GPU_ALL_REDUCE_CASES, GPU_CASES, Case, on
 from tests.ops.calls import group_name
 from tests.tolerance import Rounding, check, check_bites, tolerance
 from tests.truth import Truth
-from tp_overlap_kernels.dispatch.defaults import KERNEL_PARAMS_SM90, KERNELS_SM90
+from tp_overlap_kernels.dispatch.defaults import KERNELS_SM90, plan_of_kernel
 from tp_overlap_kernels.memory import arena as arenas
 
 MAX_M, MAX_N = 8192, 8192
@@ -23,8 +23,8 @@ OPS = torch.ops.tp_overlap
 
 def hopper(op: str) -> list[str]:
     """Each of the CUDA kernels for Hopper, sending whole tiles by turns, and small pieces at any time."""
-    kernels = [",".join(f"{k}={v}" for k, v in zip(KERNEL_PARAMS_SM90, each, strict=True)) for each in KERNELS_SM90[op]]
-    return [f"sm90:{kernel}{way}" for kernel in kernels for way in ("", ",lead=3,piece=512,senders=0")]
+    ways = ("", ",lead=3,piece=512,senders=0")
+    return [f"{plan_of_kernel(kernel)}{way}" for kernel in KERNELS_SM90[op] for way in ways]
 
 
 GEMM_PLANS = (

@@ -5,7 +5,7 @@ import torch
 
 import tp_overlap_kernels as tpo
 from tp_overlap_kernels.dispatch import Plan, Problem, Topology, select
-from tp_overlap_kernels.dispatch.defaults import KERNEL_PARAMS_SM90, KERNELS_SM90
+from tp_overlap_kernels.dispatch.defaults import KERNELS_SM90, plan_of_kernel
 from tp_overlap_kernels.dispatch.select import rows_of_whole_tiles, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
 from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
@@ -138,16 +138,12 @@ def test_dispatch_knows_which_kernels_there_are(op):
         assert (schedule.rows, schedule.cols, schedule.blocks) == (128 * down, cols * across, down * across)
 
 
-def plan_of(kernel) -> Plan:
-    return Plan("sm90", tuple(zip(KERNEL_PARAMS_SM90, kernel, strict=True)))
-
-
 @pytest.mark.parametrize("W", [2, 3, 4, 8])
 @pytest.mark.parametrize(("max_M", "max_N"), [(8192, 8192), (2048, 4096), (4099, 1032)])
 @pytest.mark.parametrize("kernel", sorted({kernel for kernels in KERNELS_SM90.values() for kernel in kernels}), ids=str)
 def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_M, max_N, kernel):
     room, (cols, _, down, across) = layout(max_M, max_N, 2, W), kernel
-    rows = rows_of_whole_tiles(max_N, plan_of(kernel), on_h200(W, **room.limits()))
+    rows = rows_of_whole_tiles(max_N, plan_of_kernel(kernel), on_h200(W, **room.limits()))
 
     def fits(rows):
         owned = down * -(-(rows // W) // (128 * down)) * across * -(-max_N // (cols * across))  # tiles of an owner
@@ -165,7 +161,7 @@ def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_
     ids=["all", "staging", "flags of four ranks", "not one pair"],
 )
 def test_each_part_of_the_arena_may_be_what_limits(staged, slots, pairs):
-    topology, wide = on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots), plan_of((256, 1, 2, 1))
+    topology, wide = on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots), plan_of_kernel((256, 1, 2, 1))
     assert rows_of_whole_tiles(256, wide, topology) == pairs * 4 * 256
     assert rows_of_whole_tiles(257, wide, topology) == pairs // 2 * 4 * 256
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .problem import Problem, Topology
+from .problem import Plan, Problem, Topology
 
 # Large M. Stock Triton on H200: within 3 % of cuBLAS on nearly the whole grid.
 TILES_LARGE_M = {"block_m": 128, "block_n": 256, "block_k": 64, "num_stages": 3, "num_warps": 8, "group_m": 8}
@@ -49,6 +49,11 @@ SM90_STAGINGS = {"gemm_all_reduce": 1, "gemm_reduce_scatter": 2}  # of narrower 
 CHUNKS = {"chunks": 2, "own_chunks": 2}
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+def plan_of_kernel(kernel: tuple[int, ...]) -> Plan:
+    """The plan that names one of KERNELS_SM90, all else left open."""
+    return Plan("sm90", tuple(zip(KERNEL_PARAMS_SM90, kernel, strict=True)))
 
 
 def default_params(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ..errors import InvalidInput
 from . import nodes_model
-from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, default_params
+from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, default_params, plan_of_kernel
 from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
@@ -266,7 +266,7 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
 
 
 def _named(kernel: tuple[int, ...]) -> str:
-    return ",".join(f"{name}={value}" for name, value in zip(KERNEL_PARAMS_SM90, kernel, strict=True))
+    return str(plan_of_kernel(kernel)).removeprefix("sm90:")
 
 
 def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:

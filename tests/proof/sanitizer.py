@@ -1,8 +1,8 @@
 """compute-sanitizer over small calls of every op and plan, each rank in a process of its own under the tool.
 
-initcheck sees what this process's kernels store, and neither what a peer does nor what the copy engine of an SM brings:
-for it the arena is filled first, and so is every tensor that torch makes. Of a result that was not written it then says
-nothing; the comparison does, since what fills it is NaN.
+initcheck sees what this process's kernels store, and neither what a peer does nor what the copy engine of an SM brings,
+cuBLAS's included: for it the arena is filled first, and so is what torch's allocator hands out. Of a result that was
+not written it then says nothing; the comparison does, since what fills it is NaN.
 A tool that is not there, or refuses the machine, is a violation: nothing was checked. The same program runs without a
 tool before: it compiles the kernels for all of them, which under a tool takes minutes.
 """
@@ -29,9 +29,11 @@ from tests.proof.report import Found
 TOOLS = ("memcheck", "synccheck", "initcheck")
 NO_TOOL = "no tool"
 # What torch asks of the driver may be refused, and it copes: memory accesses are what is looked for.
-OPTIONS = {"memcheck": ("--report-api-errors", "no")}
+# After some reports the rest tell nothing new, and each costs time.
+OPTIONS = {"memcheck": ("--report-api-errors", "no"), "initcheck": ("--print-limit", "20")}
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
+FILLED_BYTES = 1 << 29
 PATIENCE_S = 300.0  # of a wait in a kernel, many times slower than usual
 OURS = re.compile(r"\bcalls ([0-9]+), wrong ([0-9]+)\b")
 
@@ -80,7 +82,8 @@ def judge(one: Checked) -> tuple[dict, list[str]]:
     tail = "\n".join(one.output.strip().split("\n")[-25:])
     failures = []
     if one.exit_code is None:
-        failures.append(f"{what}: not done within its time\n{tail}")
+        first = one.output[max(0, one.output.find("=========")) :][:2000]
+        failures.append(f"{what}: not done within its time\n{first}\n...\n{tail}")
     elif (errors is None and one.tool != NO_TOOL) or not calls or one.exit_code:
         failures.append(f"{what}: nothing was checked, or it ended badly, exit code {one.exit_code}\n{tail}")
     if errors:
@@ -115,6 +118,15 @@ def _ranks(machine: ranks.Machine, tool: str, limit_s: float, sanitizer: str) ->
         return [Checked(tool, rank, code, files[rank].read_text()) for rank, code in enumerate(codes)]
 
 
+def _fill_allocator(device: torch.device) -> None:
+    """The blocks that torch's allocator will give the current stream hold NaN: large ones, and those up to 1 MiB."""
+    if device.type == "cuda":
+        sizes = [FILLED_BYTES, *[1 << 20] * 64]
+        held = [torch.full((size // 4,), torch.nan, device=device) for size in sizes]
+        torch.cuda.synchronize(device)
+        del held  # to the allocator, not to the driver
+
+
 def _rank(tool: str, rank: int, machine: ranks.Machine, store: str) -> None:
     """One process: every kind of call, twice."""
     ranks.take_device(rank, machine)
@@ -124,8 +136,8 @@ def _rank(tool: str, rank: int, machine: ranks.Machine, store: str) -> None:
     )
     with ranks.arena(rank, machine, max_M=512, max_N=1024, timeout_s=PATIENCE_S) as arena:
         if tool == "initcheck":
-            torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
             arena.store.buffer[arena.layout.one_shot :].zero_()
+            _fill_allocator(arena.device)
             ranks.synchronise(arena.device)
             ranks.gather(None)
         rows = payload.rows(payload.FEW_SIZES[machine.kind])

@@ -263,19 +263,26 @@ def test_calls_beside_a_hog(ranks):
     assert found.failures == [] and found.counts["trials"] == found.counts["completed"] == len(found.rows) > 30
 
 
+DONE, LATE = hog.Trial("completed", "completed", 0, 0.1, 0), hog.Trial("unfinished", "completed", 0, 2.5, 0)
+RAISED, NEVER = hog.Trial("PeerTimeout", "PeerTimeout", 0, 0.6, 0), hog.Trial("unfinished", "unfinished", 0, 2.5, 0)
+
+
 @pytest.mark.parametrize(
-    "everyone, complaint",
+    "free_sms, plan, everyone, complaint",
     [
-        ([("", 0, 0.1, 0), ("", 0, 0.1, 0)], None),
-        ([("PeerTimeout", 0, 0.6, 0), ("PeerTimeout", 0, 0.6, 0)], None),
-        ([("hang", 0, 2.5, 0), ("", 0, 0.1, 0)], "hang"),
-        ([("", 0, 2.6, 0), ("", 0, 0.1, 0)], "completed only after 2.6 s"),
-        ([("", 0, 0.1, 0), ("", 1, 0.1, 0)], "1 wrong calls"),
+        (1, "two_shot", [DONE, DONE], None),
+        (1, "two_shot", [RAISED, DONE], None),
+        (1, "two_shot", [LATE, DONE], "ranks [0] neither complete nor raise beside it"),
+        (1, "sm90", [DONE, LATE], None),
+        (66, "sm90", [DONE, LATE], "ranks [1] neither complete nor raise beside it"),
+        (1, "sm90", [NEVER, DONE], "neither complete nor raise when it has ended"),
+        (1, "sm90", [dataclasses.replace(DONE, seconds=8.0), DONE], "the host was held for 8.0 s"),
+        (1, "two_shot", [DONE, dataclasses.replace(DONE, wrong=1)], "1 wrong calls"),
     ],
 )
-def test_what_may_happen_beside_a_hog(everyone, complaint):
-    row = payload.Row("all_reduce", "two_shot", 1, 8, 0, torch.bfloat16)
-    line = hog.judge(1, (0, 1), row, everyone, 0.5, hog.Hog(torch.device("cpu")))
+def test_what_may_happen_beside_a_hog(free_sms, plan, everyone, complaint):
+    row = payload.Row("gemm_all_reduce", plan, 1, 8, 8, torch.bfloat16)
+    line = hog.judge(free_sms, (0, 1), row, everyone, 0.5, hog.Hog(torch.device("cpu")))
     assert [text for text in line["failures"] if complaint in text] if complaint else line["failures"] == []
 
 

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 7
+#define TPO_ABI_VERSION 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -136,11 +136,8 @@ enum TpoGemmSchedule {
   TPO_GEMM_128X128_PAIR = 2,
   TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3, /* not tpo_gemm, and so from here on */
   TPO_GEMM_128X128_QUAD = 4,              /* all-reduce alone */
-  TPO_GEMM_128X128_QUAD_TWO_STAGINGS = 5, /* reduce-scatter alone */
-  TPO_GEMM_128X128_ROW_TWO_STAGINGS = 6,  /* reduce-scatter alone */
-  TPO_GEMM_128X64_QUAD = 7,               /* all-reduce alone */
-  TPO_GEMM_128X64_QUAD_TWO_STAGINGS = 8,  /* reduce-scatter alone */
-  TPO_GEMM_128X64_ROW_TWO_STAGINGS = 9    /* reduce-scatter alone */
+  TPO_GEMM_128X128_ROW_TWO_STAGINGS = 5,  /* reduce-scatter alone */
+  TPO_GEMM_128X64_ROW_TWO_STAGINGS = 6    /* reduce-scatter alone */
 };
 
 /* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */

@@ -289,10 +289,7 @@ constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 2,
                                            {},
                                            variant<Host, CollectiveShape<128, 2, 1, 5, 1, 4>>(),
                                            variant<Host, CollectiveShape<128, 2, 1, 4, 2, 2>>(),
-                                           variant<Host, CollectiveShape<128, 2, 2, 5, 1, 4>>(),
-                                           {},
-                                           {},
-                                           variant<Host, CollectiveShape<64, 2, 2, 7, 1, 4>>()};
+                                           variant<Host, CollectiveShape<128, 2, 2, 5, 1, 4>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

@@ -13,7 +13,7 @@ from tests.proof.report import Found, merged
 
 STARTS = 5  # of processes, for equal bits
 FUZZ_JOBS = {"cuda": 4, "cpu": 1}  # side by side: most of the time goes into compiling
-TIMEOUT_S = {"faults": 3.0, "hog": 0.5}
+TIMEOUT_S = {"faults": 3.0, "hog": 2.5}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,13 +46,14 @@ UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
 CHUNKED_SCATTER_MIN_BYTES, CHUNKED_SCATTER_MIN_K = 32 * MIB, 3072
 # All-reduce pushes twice as much: it wins at M=8192, N=8192, K=14784 (2931 us against 3063 fused), and nowhere else.
 CHUNKED_SUM_MIN_BYTES, CHUNKED_SUM_MIN_K = 128 * MIB, 14336
-# All-reduce by itself: the sentinel kernel takes 1.4 us at 256 KiB where flags take 3.0; above, nobody measured it.
-SENTINEL_MAX_BYTES = 256 * KIB
+# The sentinel kernel takes 1.4 us at 256 KiB where flags take 3.0, and behind cuBLAS, between two ranks, 2 less than
+# flags at 1 MiB. More ranks send more.
+SENTINEL_MAX_BYTES, SENTINEL_MAX_BYTES_OF_TWO = 256 * KIB, 4 * MIB
 # One-shot and two-shot cross between 64 KiB (8.0 us against 8.4) and 256 KiB (9.1 against 8.4) in torch's kernels,
 # which pay two barriers; ours pays one exchange (3.0 us at 256 KiB), so the crossing is put one step higher.
 ONE_SHOT_ALL_REDUCE_MAX_BYTES = 512 * KIB
-# Sum and norm in one launch where the sum alone would be one; nobody has measured it.
-SENTINEL_NORM_MAX_BYTES, ONE_SHOT_NORM_MAX_BYTES = SENTINEL_MAX_BYTES, ONE_SHOT_ALL_REDUCE_MAX_BYTES
+# Sum and norm in one launch where the sum alone would be one.
+SENTINEL_NORM_MAX_BYTES_OF_TWO, ONE_SHOT_NORM_MAX_BYTES = 1 * MIB, ONE_SHOT_ALL_REDUCE_MAX_BYTES
 SENTINEL_NORM_MAX_N = 8192  # a block has one row, two vectors a thread
 # The interpreter has no speed to choose by: both kernels get their share of shapes, as on the device.
 INTERP_ONE_SHOT_MAX_M = 32
@@ -322,17 +323,19 @@ def _gemm_all_reduce(problem: Problem) -> list[tuple[str, str]]:
         return [*decode, ("one_shot", why), ("unfused_two_shot", "small M")]
     if problem.M <= UNFUSED_MAX_M:
         why = f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind"
-        one_shot = problem.world_size == 2 and problem.message_bytes <= UNFUSED_ONE_SHOT_MAX_BYTES
-        return [*_sm90(problem), *[("unfused_one_shot", why)] * one_shot, ("unfused_two_shot", why)]
+        of_two = problem.world_size == 2 and problem.message_bytes <= UNFUSED_ONE_SHOT_MAX_BYTES
+        one_shot = [("unfused_sentinel", why), ("unfused_one_shot", why)] if of_two else []
+        return [*_sm90(problem), *one_shot, ("unfused_two_shot", why)]
     chunked = _chunked(problem, CHUNKED_SUM_MIN_BYTES, CHUNKED_SUM_MIN_K)
     return [*chunked, *_sm90(problem), ("two_shot", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
 
 
 def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
     if problem.M <= UNFUSED_MAX_M:
-        unfused = ("unfused_push", f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind")
+        why = f"M <= {UNFUSED_MAX_M}: too few tiles to hide the epilogues behind"
+        unfused = [("unfused_sentinel", why)] * (problem.world_size == 2) + [("unfused_push", why)]
         one_shot = ("one_shot", f"M <= {ONE_SHOT_MAX_M}: a tile of all rows streams the weight once")
-        return [one_shot, unfused] if problem.M <= ONE_SHOT_MAX_M else [*_sm90(problem), unfused]
+        return [one_shot, *unfused] if problem.M <= ONE_SHOT_MAX_M else [*_sm90(problem), *unfused]
     chunked = _chunked(problem, CHUNKED_SCATTER_MIN_BYTES, CHUNKED_SCATTER_MIN_K)
     return [*_sm90(problem), *chunked, ("push", f"M > {UNFUSED_MAX_M}: the sum hides behind the GEMM")]
 
@@ -353,13 +356,20 @@ def _all_reduce(problem: Problem) -> list[tuple[str, str]]:
     ways = [("two_shot", "any size")]
     if problem.message_bytes <= ONE_SHOT_ALL_REDUCE_MAX_BYTES:
         ways.insert(0, ("one_shot", f"at most {ONE_SHOT_ALL_REDUCE_MAX_BYTES // KIB} KiB"))
-    if problem.message_bytes <= SENTINEL_MAX_BYTES:
-        ways.insert(0, ("sentinel", f"at most {SENTINEL_MAX_BYTES // KIB} KiB"))
+    most = _sentinel_most(problem, SENTINEL_MAX_BYTES_OF_TWO)
+    if problem.message_bytes <= most:
+        ways.insert(0, ("sentinel", f"at most {most // KIB} KiB"))
     return ways
 
 
+def _sentinel_most(problem: Problem, between_two: int) -> int:
+    """Bytes of a message that are best sent without flags."""
+    return between_two if problem.world_size == 2 else SENTINEL_MAX_BYTES
+
+
 def _one_launch_norm(problem: Problem, topology: Topology) -> list[Plan]:
-    ways = [("sentinel_norm", SENTINEL_NORM_MAX_BYTES), ("one_shot_norm", ONE_SHOT_NORM_MAX_BYTES)]
+    most_sentinel = _sentinel_most(problem, SENTINEL_NORM_MAX_BYTES_OF_TWO)
+    ways = [("sentinel_norm", most_sentinel), ("one_shot_norm", ONE_SHOT_NORM_MAX_BYTES)]
     if topology.backend == "interp":
         ways = [("one_shot_norm", INTERP_ONE_SHOT_MAX_BYTES)]
     unfused = "" if problem.op == "all_reduce_add_rms_norm" else "unfused_"

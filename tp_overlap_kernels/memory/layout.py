@@ -23,7 +23,7 @@ _NARROWEST_TILE = 32  # columns: of these, every owner has flags for one row of 
 _ONE_SHOT_TILES = 2048
 _MAX_ONE_SHOT_BYTES = 8 << 20
 _MAX_SENTINEL_BYTES = 256 << 10
-_MAX_SPARE_SENTINEL_BYTES = 1 << 20  # where nothing else wants it: 64 rows of 8192 columns, for the decode kernel
+_MAX_SPARE_SENTINEL_BYTES = 4 << 20  # where nothing else wants it: what two ranks send without flags
 
 
 def align_up(value: int, to: int = ALIGNMENT_BYTES) -> int:

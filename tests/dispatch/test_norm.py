@@ -38,7 +38,9 @@ def rows(M, H=8192, world_size=2):
         pytest.param(rows(5), cpu("interp"), "two_shot", id="interpreted, one row more"),
         pytest.param(rows(5), cpu("ref"), "ref", id="the CPU reference"),
         pytest.param(rows(5, world_size=1), h200(1), "local", id="one rank"),
-        pytest.param(gemm(GEMM, 16), h200(), "unfused_sentinel_norm", id="decode"),
+        pytest.param(gemm(GEMM, 16), h200(), "decode", id="decode, and the norm behind it"),
+        pytest.param(gemm(GEMM, 2, 100), h200(sentinel_bytes=448), "unfused_sentinel_norm", id="no room for tiles"),
+        pytest.param(gemm(GEMM, 17), h200(), "unfused_sentinel_norm", id="decode, one row more"),
         pytest.param(gemm(GEMM, 64), h200(), "unfused_sentinel_norm", id="decode of more rows"),
         pytest.param(gemm(GEMM, 32), h200(native=False), "unfused_one_shot_norm", id="without the CUDA library"),
         pytest.param(gemm(GEMM, 33), h200(native=False), "one_shot", id="one row more: the sum's own plan, without it"),
@@ -61,7 +63,7 @@ def test_a_table_of_the_sum_serves_its_norm():
     assert str(plan) == tiles and plan.us is None
     text = str(explain_text(gemm(GEMM, 4096), h200(), measured))
     assert "the sum: measured" in text and "400" not in text
-    assert select(gemm(GEMM, 16), h200(), measured).name == "unfused_sentinel_norm"
+    assert select(gemm(GEMM, 17), h200(), measured).name == "unfused_sentinel_norm"
     assert select(rows(1000), h200(), measured).name == "two_shot"
 
 

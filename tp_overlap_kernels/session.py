@@ -79,10 +79,11 @@ def init(
             room = None
         if old is not None and room is not None and room.max_M >= asked.max_M and room.max_N >= asked.max_N:
             return _describe(old)
+        named = "" if asked.store == "auto" else f", store={asked.store!r}"
         raise InvalidInput(
             "init: the arena cannot be made or grown while a CUDA graph is being captured. "
-            f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}) on every rank before the "
-            "capture."
+            f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}{named}) on every rank "
+            "before the capture."
         )
     with torch.device("cpu"):  # engines build models under another default; where we name none, we mean the host
         arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())

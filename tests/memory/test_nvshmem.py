@@ -166,6 +166,22 @@ def close_alone(rank, world_size, says):
         return calls, left, after, list(core.calls)
 
 
+def test_what_is_left_keeps_nvshmem_up(ranks):
+    for calls, ended in ranks(3).run(leave_one_of_two):
+        assert calls == ["init", "malloc", "malloc", "free"], "the end of NVSHMEM would take what is left with it"
+        assert ended == [*calls, "free", "malloc", "free", "finalize"]
+
+
+def leave_one_of_two(rank, world_size):
+    with a_process() as core:
+        first, second = make(), make()
+        first.close(together=rank != 1)
+        second.close(together=True)
+        calls = list(core.calls)
+        make().close(together=True)
+        return calls, core.calls
+
+
 # --- errors, on every rank
 
 FAULTS = {
@@ -343,6 +359,25 @@ def grow(rank, world_size):
             seen.append(tpo.init(max_M=sizes[0], max_N=sizes[1], store=store).store)
         tpo.close()
         return seen, core.calls, core.live
+
+
+def test_a_capture_keeps_the_store_and_changes_none(ranks):
+    for kept, text in ranks(2).run(init_in_a_capture):
+        assert kept == ["nvshmem"] * 2
+        assert "while a CUDA graph is being captured" in text and "max_N=128, store='shm') on every rank" in text
+
+
+def init_in_a_capture(rank, world_size):
+    with a_process(), arena_in("nvshmem"):
+        with (
+            mock.patch.object(torch.cuda, "is_available", lambda: True),
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        ):
+            kept = [tpo.init(max_M=64, max_N=128, store=store).store for store in ("auto", "nvshmem")]
+            with pytest.raises(tpo.InvalidInput) as raised:
+                tpo.init(max_M=64, max_N=128, store="shm")
+        tpo.close()
+        return kept, str(raised.value)
 
 
 def test_a_group_that_failed_is_closed_and_made_again(ranks):

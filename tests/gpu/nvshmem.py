@@ -85,7 +85,7 @@ def every_op_and_plan_gives_the_bits_of_torchs_store(rank: int, world_size: int)
         with arena_in(store):
             by_store[store] = results_of_sums(rank, world_size) | results_of_norms(rank, world_size)
     expected, found = by_store["symm_mem"], by_store["nvshmem"]
-    assert expected.keys() == found.keys() and len(found) > 250
+    assert expected.keys() == found.keys(), "a store has plans that the other has not"
     bits = torch.int16
     different = [name for name, x in found.items() if not torch.equal(x.view(bits), expected[name].view(bits))]
     assert not different, f"{len(different)} of {len(found)}: {different[:8]}"

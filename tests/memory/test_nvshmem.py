@@ -72,7 +72,8 @@ def make_and_close(rank, world_size):
         zeroed = store.buffer.numel() == NBYTES and not store.buffer.any()
         own = store.bases[rank] == store.buffer.data_ptr() and len(set(store.bases)) == world_size
         arrived = write_to_all(store, rank, world_size)
-        store.close(together=True)
+        for _ in range(2):
+            store.close(together=True)
         assert store.buffer.numel() == 0 and not core.live
         return core.calls, zeroed, arrived, own, core.disable_nvls
 
@@ -346,6 +347,25 @@ def invoke(backend, call, rank):
         return rank_side.invoke(call, tensors, rank)
 
 
+def test_each_node_has_a_world_of_its_own(ranks):
+    for nodes, right, calls in ranks(4).run(on_two_nodes):
+        assert nodes == 2 and right and calls == ["init", "malloc", "free", "finalize"]
+
+
+def on_two_nodes(rank, world_size):
+    call = Call("gemm_all_reduce", Case(5, 24, 16, BF16, 4, ""), "integer")
+    with a_process() as core, rank_side.nodes_of(2), arena_in("nvshmem") as info:
+        right = torch.equal(invoke("ref", call, rank).double(), exact(call))
+        tpo.close()
+        return info.nodes, right, core.calls
+
+
+def exact(call):
+    """The sum of a call whose inputs are integers."""
+    operands = [rank_side.operands(call, rank) for rank in range(call.case.world_size)]
+    return sum(a.double() @ b.double().T for a, b in operands)
+
+
 def test_a_larger_arena_frees_the_smaller(ranks):
     for stores_seen, calls, live in ranks(2).run(grow):
         assert stores_seen == ["shm", "nvshmem", "nvshmem", "nvshmem", "shm"], "a store that is named is had"
@@ -403,8 +423,7 @@ def fail_and_recover(rank, world_size):
         tpo.init(max_M=64, max_N=128, store="nvshmem")
         out = invoke("ref", call, rank)
         tpo.close()
-        expected = sum(a.double() @ b.double().T for a, b in (rank_side.operands(call, r) for r in range(2)))
-        return failed, calls, core.calls, torch.equal(out.double(), expected)
+        return failed, calls, core.calls, torch.equal(out.double(), exact(call))
 
 
 # --- the stand-in is strict

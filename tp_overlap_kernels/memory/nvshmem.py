@@ -93,6 +93,7 @@ class NvshmemStore:
             pes = [card.pe for card in cards]
         else:
             pes = _start(self._core, self._id, device, group, pids)
+        self._open = True
         _here.stores += 1
         try:
             exchange(group, lambda: self._allocate(nbytes, device, cards), pids)
@@ -139,6 +140,10 @@ class NvshmemStore:
         return self._views[rank]
 
     def close(self, together: bool = False) -> None:
+        """Once; further calls do nothing, since on several nodes two arenas have the store of this one."""
+        if not self._open:
+            return
+        self._open = False
         buffer, self.buffer = self.buffer, torch.empty(0, dtype=torch.uint8)
         self._views = []
         name = f"tp_overlap/nvshmem/{self._id}"

@@ -68,7 +68,7 @@ class Core(types.ModuleType):
 
     def get_unique_id(self, empty: bool = False) -> str:
         if "load" in self.faults:
-            raise RuntimeError("Failed to dlopen libnvshmem")
+            raise RuntimeError("Failed to dlopen libnvshmem\n(no such file)\n")
         self.loaded = True
         if "get_unique_id" in self.faults and not empty:
             raise NvshmemError("no socket interface")

@@ -179,7 +179,8 @@ def _load() -> Any:
         command = _install(torch.version.cuda)
         if isinstance(reason, ModuleNotFoundError) and reason.name in ("nvshmem", "nvshmem.core"):
             raise UnsupportedTopology(f"init: store 'nvshmem' needs the package nvshmem4py. {command}") from reason
-        raise UnsupportedTopology(f"init: nvshmem4py does not load: {reason}. {command}") from reason
+        said = " ".join(str(reason).split())  # the loader's has lines
+        raise UnsupportedTopology(f"init: nvshmem4py does not load: {said}. {command}") from reason
     return core
 
 

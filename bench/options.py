@@ -11,6 +11,8 @@ from rich.console import Console
 
 from . import cases
 
+STORES = ("auto", "symm_mem", "nvshmem", "shm", "local")
+
 complain = Console(stderr=True)
 
 Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")]
@@ -28,6 +30,9 @@ Budget = Annotated[
     float | None,
     typer.Option("--budget-s", min=0, help="Start no case after this many seconds. What is measured is kept."),
 ]
+Store = Annotated[
+    str, typer.Option("--store", help="Where our arena lies: auto, symm_mem, nvshmem, shm or local, as of tpo.init.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random inputs.")]
 Commit = Annotated[
     str | None, typer.Option("--commit", help="What to write down as the commit; git is asked otherwise.")
@@ -43,6 +48,12 @@ def check_dtype(dtype: str) -> str:
     if dtype not in cases.ITEMSIZE:
         raise ValueError(f"--dtype is one of {', '.join(cases.ITEMSIZE)}, got {dtype!r}")
     return dtype
+
+
+def check_store(store: str) -> str:
+    if store not in STORES:
+        raise ValueError(f"--store is one of {', '.join(STORES)}, got {store!r}")
+    return store
 
 
 def command_line() -> str:

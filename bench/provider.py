@@ -24,12 +24,16 @@ T = TypeVar("T")
 
 @dataclass
 class Session:
-    """What providers share: the ranks, the largest sizes of the run, and what was made once for all of it."""
+    """What providers share: the ranks, the largest sizes of the run, and what was made once for all of it.
+
+    store: where our arena lies, as of `tpo.init`.
+    """
 
     world: World
     max_M: int
     max_N: int
     dtype: torch.dtype
+    store: str = "auto"
     made: dict[str, Any] = field(default_factory=dict)
 
     def once(self, what: str, make: Callable[[], T]) -> T:

@@ -156,7 +156,8 @@ def _initialised(session: Session) -> Any:
     import tp_overlap_kernels as tpo
 
     max_M = max(session.max_M, LEAST_MAX_M) if torch.cuda.is_available() else session.max_M
-    session.once(ARENA, lambda: tpo.init(dist.group.WORLD, max_M=max_M, max_N=session.max_N, dtype=session.dtype))
+    sizes: dict[str, Any] = {"max_M": max_M, "max_N": session.max_N, "dtype": session.dtype}
+    session.once(ARENA, lambda: tpo.init(dist.group.WORLD, **sizes, store=session.store))
     return tpo
 
 

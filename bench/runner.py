@@ -39,6 +39,7 @@ class RunOptions:
     modes: tuple[str, ...]
     dtype: str = "bfloat16"
     providers: tuple[str, ...] = ()  # empty: all that fit the op
+    store: str = "auto"  # of our arena
     json_path: pathlib.Path | None = None
     budget_s: float | None = None
     seed: int = 0
@@ -69,11 +70,11 @@ class Run:
         if isinstance(self.clock, CudaClock):
             gbps, how = (None, "none: one rank") if world.world_size == 1 else link_gbps(world, self.clock)
         self.link_gbps = gbps
-        meta = describe_run(world, gbps, how, options.command, options.commit) if world.rank == 0 else {}
+        described = describe_run(world, gbps, how, options.command, options.commit) if world.rank == 0 else {}
+        meta = described and described | {"store": options.store}
         self.results = Results(meta, options.json_path if world.rank == 0 else None)
-        self.session = Session(
-            world, max(options.grid), max(layer.N for layer in options.layers), DTYPES[options.dtype]
-        )
+        max_N = max(layer.N for layer in options.layers)
+        self.session = Session(world, max(options.grid), max_N, DTYPES[options.dtype], options.store)
         self.verdicts = Verdicts()
         gc.collect()
         gc.freeze()  # capturing collects garbage each time; what is here by now stays, and need not be looked through

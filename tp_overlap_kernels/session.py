@@ -48,13 +48,14 @@ def init(
     world, or one rank by itself (group_name "local") where torch.distributed is not initialised. Set the CUDA device
     first. max_M: rows of the largest call that runs in one piece (default TP_OVERLAP_MAX_TOKENS, else 8192): an
     engine's prefill budget. max_N: columns of the widest layer (default 8192). dtype: bf16 or fp16; both run in the
-    same arena. store: "auto", "symm_mem" (CUDA), "shm" (CPU processes), "local" (one rank a host).
+    same arena. store: "auto", "symm_mem" (CUDA), "nvshmem" (CUDA, by this name alone: memory.nvshmem, extra
+    `[nvshmem]`), "shm" (CPU processes), "local" (one rank a host).
     On several hosts the ops run in two levels (ops.two_level), and this makes process groups, which live as long as
     `group`. No rank may be making others meanwhile, and where `group` is a part of the world, its ranks must be members
     of equally many.
     Collective: every rank of the group calls it, with equal arguments and settings. Where the group has an arena
-    already, one that is large enough stays, and a smaller one is replaced, which graphs that were captured with it
-    do not survive.
+    already, one that is large enough stays, unless another store is named; a smaller one is replaced, which graphs that
+    were captured with it do not survive.
     Errors, on every rank, whichever rank has met them: InvalidInput (bad sizes or settings; ranks that disagree, with
     every rank's values; a larger arena asked for during graph capture), UnsupportedTopology (more than 8 ranks on a
     host, hosts of unequally many, a store that cannot serve, memory that cannot be had or that peers do not reach),
@@ -74,12 +75,15 @@ def init(
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         old, asked = arenas.find(arenas.name_of(group)), wish()
         room = old.layout if old is not None and not old.record.failed else None
+        if old is not None and asked.store != "auto" and old.store.name not in (asked.store, "local"):
+            room = None
         if old is not None and room is not None and room.max_M >= asked.max_M and room.max_N >= asked.max_N:
             return _describe(old)
+        named = "" if asked.store == "auto" else f", store={asked.store!r}"
         raise InvalidInput(
             "init: the arena cannot be made or grown while a CUDA graph is being captured. "
-            f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}) on every rank before the "
-            "capture."
+            f"Call tp_overlap_kernels.init(group, max_M={asked.max_M}, max_N={asked.max_N}{named}) on every rank "
+            "before the capture."
         )
     with torch.device("cpu"):  # engines build models under another default; where we name none, we mean the host
         arena = arenas.obtain(group, wish, execute.cpu_backend_in_force())

@@ -77,6 +77,7 @@ def test_a_right_provider_is_timed(bench, tmp_path):
     for row in rows.values():
         assert row["correct"] is True and row["us"] > 0 and row["p10_us"] <= row["us"] <= row["p90_us"]
     meta = json.loads((tmp_path / "out.json").read_text())["meta"]
+    assert meta["store"] == "auto"
     for name in ("gpu", "world_size", "link_gbps", "driver", "torch", "triton", "commit", "command", "date"):
         assert name in meta
     assert "--layer 48,40" in meta["command"]
@@ -122,9 +123,10 @@ def test_a_spent_budget_keeps_what_was_measured_and_says_what_was_not(bench):
         (["run", "--device", "cpu", "--mode", "graph"], "needs a GPU"),
         (["run", "--dtype", "float64"], "bfloat16"),
         (["run", "--device", "cuda"], "no GPU"),
+        (["run", "--store", "gpu"], "--store is one of auto, symm_mem, nvshmem, shm, local, got 'gpu'"),
         (["plot", __file__], "no result of this benchmark"),
     ],
-    ids=["op", "preset", "graph on a CPU", "dtype", "GPU that is not there", "a file of something else"],
+    ids=["op", "preset", "graph on a CPU", "dtype", "GPU that is not there", "store", "a file of something else"],
 )
 def test_bad_arguments_are_refused_with_what_is_allowed(monkeypatch, arguments, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -152,6 +154,18 @@ def test_our_ops_run_on_the_cpu_and_say_their_plan(bench, tmp_path):
     assert plans["gemm_all_reduce", "interp"] == "one_shot"
     assert plans["gemm_all_reduce", "interp:two_shot;push"] == "two_shot"
     assert plans["gemm_reduce_scatter", "interp:two_shot;push"] == "push"
+
+
+def test_our_arena_lies_in_the_store_that_is_named(bench, tmp_path):
+    """One that cannot serve here says so, in the library's words, and nothing else is taken for it."""
+    code, text = bench(*small("--provider", "ref", "--store", "shm", "--json", "out.json"))
+    assert code == 0, text
+    assert json.loads((tmp_path / "out.json").read_text())["meta"]["store"] == "shm"
+    code, text = bench(*small("--provider", "ref", "--store", "nvshmem", "--json", "out.json"))
+    assert code == 2, text
+    rows = rows_of(tmp_path / "out.json")
+    assert rows["ref", 1]["us"] is None and "store 'nvshmem' cannot serve 2 ranks on cpu" in rows["ref", 1]["reason"]
+    assert json.loads((tmp_path / "out.json").read_text())["meta"]["store"] == "nvshmem"
 
 
 def test_a_plan_that_cannot_run_a_case_is_no_failure(bench, tmp_path):

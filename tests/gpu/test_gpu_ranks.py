@@ -5,6 +5,7 @@ A start of the ranks is slow, so one serves all checks of a module (checks.py, m
 
 import ast
 import importlib
+import importlib.metadata
 import os
 import pathlib
 import socket
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
-MODULES = ("checks", "mixtures", "values", "peers", "words", "norms")
+MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nvshmem")
+NEEDS = {"nvshmem": "nvshmem4py-cu13"}  # a wheel, by module
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(280),
@@ -31,6 +33,13 @@ def names_of(module: str) -> list[str]:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CHECKS":
             return [name.id for name in node.value.elts]
     raise AssertionError(f"{module} has no CHECKS")
+
+
+def is_installed(wheel: str | None) -> bool:
+    try:
+        return wheel is None or bool(importlib.metadata.version(wheel))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> None:
@@ -91,6 +100,8 @@ def reports(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("module", "name"), [(m, name) for m in MODULES for name in names_of(m)])
 def test_on_devices(reports, module, name):
+    if not is_installed(NEEDS.get(module)):
+        pytest.skip(f"needs {NEEDS[module]}: pip install 'tp-overlap-kernels[nvshmem]'")
     report = reports(module, name)
     if report != "ok":
         pytest.fail(report, pytrace=False)

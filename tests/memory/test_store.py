@@ -22,8 +22,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         ("auto", CUDA, 8, "symm_mem"),
         ("shm", CPU, 4, "shm"),
         ("symm_mem", CUDA, 2, "symm_mem"),
+        ("nvshmem", CUDA, 2, "nvshmem"),
         ("shm", CPU, 1, "local"),
         ("symm_mem", CUDA, 1, "local"),
+        ("nvshmem", CUDA, 1, "local"),
         ("local", CPU, 1, "local"),
     ],
 )
@@ -35,6 +37,8 @@ def test_the_store_that_serves(named, device, world_size, picked):
     "named, device, world_size, instead",
     [
         ("symm_mem", CPU, 2, "shm"),
+        ("nvshmem", CPU, 2, "shm"),
+        ("nvshmem", CPU, 1, "local"),
         ("local", CPU, 2, "shm"),
         ("shm", CUDA, 2, "symm_mem"),
         ("symm_mem", CPU, 1, "local"),
@@ -43,6 +47,11 @@ def test_the_store_that_serves(named, device, world_size, picked):
 def test_a_store_that_cannot_serve_is_refused_and_another_named(named, device, world_size, instead):
     with pytest.raises(tpo.UnsupportedTopology, match=f"init: store '{named}' cannot .* on {device.type}.*'{instead}'"):
         stores.pick(named, device, world_size)
+
+
+def test_an_unknown_store_is_told_the_names():
+    with pytest.raises(tpo.UnsupportedTopology, match=r"unknown store 'cuda'.* auto, symm_mem, nvshmem, shm"):
+        stores.pick("cuda", CUDA, 2)
 
 
 def test_local_memory():

@@ -4,9 +4,11 @@ torch.distributed knows no such thing: a rank that raises between two collective
 until its timeout, which is half an hour by default.
 """
 
+import contextlib
 import os
 import select
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from ..errors import PeerDied, PeerTimeout, TpOverlapError
 
 T = TypeVar("T")
 DEATH_SHOWS_MS = 500  # a connection may end before the process that held it
+FOR_EVER = timedelta(days=365)
 
 
 def exchange(group: dist.ProcessGroup | None, step: Callable[[], T], pids: Mapping[int, int] | None = None) -> list[T]:
@@ -45,6 +48,35 @@ def exchange(group: dist.ProcessGroup | None, step: Callable[[], T], pids: Mappi
         if text is not None:
             raise _of_another(rank, *text)
     return [answer[0] for answer in answers]
+
+
+def raised_on_all(reason: BaseException) -> bool:
+    """Whether what `exchange` has raised on this rank it has raised on every one: none has ended, none never came."""
+    return isinstance(reason, Exception) and not isinstance(reason, (PeerDied, PeerTimeout))
+
+
+def unanimous(words: dist.Store, name: str, world_size: int, yes: bool, timeout_s: float) -> bool:
+    """Whether all ranks have said yes under this name, which no other question has. Every rank gets the same answer.
+
+    words: the key-value store of the ranks' group. A rank that says no waits for nobody. One that says yes waits for
+    the others, at most timeout_s seconds (0: for ever), and then says no for all. What counts is written once: nobody
+    acts on a yes on which another has given up. Where the store is gone, with the process that served it: no.
+    """
+    verdict = f"{name}/verdict"
+    with contextlib.suppress(RuntimeError):
+        if not yes:
+            return _settle(words, verdict, "no")
+        if words.add(f"{name}/yes", 1) == world_size:
+            return _settle(words, verdict, "yes")
+        with contextlib.suppress(RuntimeError):  # torch.distributed has no class for a timeout of all its stores
+            words.wait([verdict], timedelta(seconds=timeout_s) if timeout_s else FOR_EVER)
+        return _settle(words, verdict, "no")
+    return False
+
+
+def _settle(words: dist.Store, verdict: str, proposal: str) -> bool:
+    """Write the verdict if there is none; whether the one there is says yes."""
+    return words.compare_set(verdict, "", proposal) == b"yes"
 
 
 def _of_another(rank: int, kind: str, text: str) -> TpOverlapError:

@@ -20,7 +20,7 @@ from ..dispatch import Table, Topology, load
 from ..errors import GroupFailed, InvalidInput, NotInitialised, PeerDied, UnsupportedTopology
 from . import nodes as on_nodes
 from . import store as stores
-from .agreement import exchange
+from .agreement import exchange, raised_on_all
 from .board import Board
 from .layout import Layout, layout
 from .nodes import Nodes
@@ -142,15 +142,15 @@ class Arena:
             nbytes *= size
         return self.store.peer_buffer(rank)[offset : offset + nbytes].view(dtype).view(shape)
 
-    def part(self) -> None:
+    def part(self) -> bool:
         """Tell the peers that this rank has closed; unless the group has failed, wait until they have, too.
 
+        Gives whether they have, as far as this rank knows, without a failure of its own.
         Words of the arena and no collective of torch's: a rank whose wait has failed leaves at once, its peers need not
         know of it, and their next collectives must match all the same. On several nodes: the peers of our own.
         """
         if self.span:
-            self.span.inside.part()
-            return
+            return self.span.inside.part()
         if self.watch:
             self.watch.post_end()
         for peer in range(self.world_size):
@@ -162,20 +162,21 @@ class Arena:
                 log.warning(
                     "close: not every rank of group %r has closed it within %g s.", self.group_name, self.timeout_s
                 )
-                return
+                return False
             time.sleep(0.001)
+        return not self.record.failed
 
-    def release(self) -> None:
-        """Give everything back. No collective: a peer may be gone."""
+    def release(self, together: bool = False) -> None:
+        """Give everything back. together: what `part` gave; without it nobody is waited for: a peer may be gone."""
         if self.span:
             if self.record.failed and self.group is not None:
                 on_nodes.forget(self.group)
-            self.span.inside.release()
+            self.span.inside.release(together)
         elif self.watch:
             self.watch.close()
         self.cache.clear()
         self.prepared.clear()
-        self.store.close()
+        self.store.close(together)
 
 
 _arenas: dict[str, Arena] = {}
@@ -258,19 +259,20 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
         check_device(device, world_size)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         table = load(settings().table, name, world_size)
+        store = stores.pick(asked.store, device, world_size)
         found.update(asked=asked, device=device, table=table)
         return {
             "max_M": asked.max_M,
             "max_N": asked.max_N,
             "itemsize": asked.dtype.itemsize,
-            "store": stores.pick(asked.store, device, world_size),
+            "store": store,
             "device": device.type,
             "subgroups": on_nodes.known(group, nodes) and not (old and old.record.failed),
             "groups": on_nodes.groups_of_this_process(),
             "table": table.digest() if table else None,
             "plan": settings().plan,
             "native": native_library(device),
-            "arena": _capacity(old, nodes),
+            "arena": _capacity(old, nodes, None if asked.store == "auto" else store),
             "pid": os.getpid(),
             "device_id": _device_id(device),
         }
@@ -304,10 +306,15 @@ def obtain(group: dist.ProcessGroup | None, wish: Callable[[], Wish], backend: s
     return arena
 
 
-def _capacity(arena: Arena | None, nodes: Nodes) -> tuple[int, int]:
-    """(max_M, max_N) of an arena that may stay; it has no room if it has failed, or lies on other nodes."""
+def _capacity(arena: Arena | None, nodes: Nodes, store: str | None) -> tuple[int, int]:
+    """(max_M, max_N) of an arena that may stay; it has no room if it has failed, or lies on other nodes.
+
+    store: the one that was named; an arena of another has no room either. None where any will do.
+    """
     on = arena.span.nodes if arena is not None and arena.span else None
     if arena is None or arena.record.failed or on != (nodes if len(nodes.ranks) > 1 else None):
+        return 0, 0
+    if store not in (None, arena.store.name):
         return 0, 0
     return arena.layout.max_M, arena.layout.max_N
 
@@ -330,9 +337,9 @@ def _make_spanning(
     made: list[Arena] = []
     try:
         exchange(group, lambda: made.append(make(label, subgroups.inside, [cards[rank] for rank in ranks])), beside)
-    except BaseException:  # another node has failed
+    except BaseException as reason:  # another node has failed
         for arena in made:
-            arena.release()
+            arena.release(raised_on_all(reason))
         raise
     inside = made[0]
     order = [rank for place in nodes.places() for rank in place]
@@ -373,10 +380,10 @@ def _make(
         exchange(
             group, lambda: made.append(_furnish(name, group, plan, symmetric, device, table, cards, backend)), pids
         )
-    except BaseException:
+    except BaseException as reason:
         if board is not None:
             board.close()
-        symmetric.close()
+        symmetric.close(raised_on_all(reason))
         raise
     arena = made[0]
     if plan.world_size > 1:
@@ -447,8 +454,7 @@ def destroy(arena: Arena) -> None:
         _arenas.pop(arena.group_name, None)
     if arena.device.type == "cuda":
         torch.cuda.synchronize(arena.device)
-    arena.part()
-    arena.release()
+    arena.release(arena.part())
 
 
 def _check_agreement(cards: list[Any]) -> None:

@@ -16,6 +16,10 @@ ADVICE = {
         "The driver grants access between these devices, and it does not work: look at `nvidia-smi topo -p2p rw`, at "
         "IOMMU and ACS settings, and at the isolation of the containers. Until then use NCCL here."
     ),
+    "nvshmem": (
+        "NVSHMEM has mapped these devices to each other, and it does not work: look at `nvidia-smi topo -p2p rw`, at "
+        "IOMMU and ACS settings, and at the isolation of the containers. Until then use NCCL here."
+    ),
 }
 
 

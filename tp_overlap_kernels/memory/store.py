@@ -1,14 +1,15 @@
-"""Where symmetric bytes come from: one interface, three stores.
+"""Where symmetric bytes come from: one interface, four stores.
 
 | store         | ranks are                  | memory                                                            |
 | ------------- | -------------------------- | ----------------------------------------------------------------- |
 | LocalStore    | one rank alone             | a plain tensor                                                     |
 | SharedMemory  | processes on CPUs          | an unnamed file (memfd, mode 0600) that each peer maps             |
 | SymmetricMemory | processes on CUDA devices | torch.distributed._symmetric_memory, peers through NVLink or PCIe  |
+| Nvshmem       | processes on CUDA devices  | NVSHMEM's heap, chosen by name: memory/nvshmem.py                  |
 
 A store gives `buffer` (uint8 tensor: our own arena), `bases` (address of every rank's arena as seen from here),
-`peer_buffer(rank)` and `close()`. Creating and closing are collective over the group; nothing named is left behind
-by a crash.
+`peer_buffer(rank)` and `close(together)`. Creating and closing are collective over the group; nothing named is left
+behind by a crash.
 """
 
 import errno
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from ..errors import UnsupportedTopology
 from .agreement import exchange
+from .nvshmem import NvshmemStore
 
 
 class Store(Protocol):
@@ -35,8 +37,12 @@ class Store(Protocol):
         """uint8 view of a peer's arena; valid until close()."""
         ...
 
-    def close(self) -> None:
-        """Give up this rank's mappings. The caller has made sure that no peer is still using them."""
+    def close(self, together: bool = False) -> None:
+        """Give up this rank's mappings. The caller has made sure that no peer is still using them.
+
+        together: nothing has failed here, and every rank closes: a store whose memory is freed by all ranks in concert
+        may wait for them.
+        """
         ...
 
 
@@ -52,7 +58,7 @@ class LocalStore:
     def peer_buffer(self, rank: int) -> torch.Tensor:
         return self.buffer
 
-    def close(self) -> None:
+    def close(self, together: bool = False) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
 
@@ -130,7 +136,7 @@ class SharedMemoryStore:
     def peer_buffer(self, rank: int) -> torch.Tensor:
         return self._views[rank]
 
-    def close(self) -> None:
+    def close(self, together: bool = False) -> None:
         # A mapping goes when the last tensor over it does: results never alias it, so that is here.
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self._views, self._maps = [], []
@@ -157,7 +163,7 @@ class SymmetricMemoryStore:
     def peer_buffer(self, rank: int) -> torch.Tensor:
         return self._handle.get_buffer(rank, (self._nbytes,), torch.uint8, 0)
 
-    def close(self) -> None:
+    def close(self, together: bool = False) -> None:
         self._handle = None
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -170,10 +176,13 @@ def pick(store: str, device: torch.device, world_size: int) -> str:
     default = "local" if world_size == 1 else ("symm_mem" if device.type == "cuda" else "shm")
     if store in ("auto", default):
         return default
-    if store not in ("symm_mem", "shm", "local"):
-        raise UnsupportedTopology(f"init: unknown store {store!r}. Give auto, symm_mem, shm or local.")
-    if world_size == 1 and not (store == "symm_mem" and device.type == "cpu"):
+    if store not in ("symm_mem", "nvshmem", "shm", "local"):
+        raise UnsupportedTopology(f"init: unknown store {store!r}. Give auto, symm_mem, nvshmem, shm or local.")
+    needs_cuda = store in ("symm_mem", "nvshmem")
+    if world_size == 1 and not (needs_cuda and device.type == "cpu"):
         return "local"
+    if store == "nvshmem" and device.type == "cuda":
+        return "nvshmem"
     raise UnsupportedTopology(
         f"init: store {store!r} cannot serve {world_size} ranks on {device.type}. Use store={default!r} or 'auto'."
     )
@@ -191,4 +200,6 @@ def create(
         return LocalStore(nbytes, device)
     if store == "shm":
         return SharedMemoryStore(nbytes, group, pids)
+    if store == "nvshmem":
+        return NvshmemStore(nbytes, device, group, pids)
     return SymmetricMemoryStore(nbytes, device, group, pids)

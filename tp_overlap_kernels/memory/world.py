@@ -106,4 +106,4 @@ class World:
     def close(self) -> None:
         """Give the memory back; tensors and tables from here are dead then."""
         self.barrier()
-        self._store.close()
+        self._store.close(together=True)

@@ -37,7 +37,9 @@ def norm_operands(layer: Layer, M: int, dtype: torch.dtype, device: torch.device
     return NormOperands(residual, weight)
 
 
-def wrong_norm(y: torch.Tensor, new_residual: torch.Tensor, weight: torch.Tensor, outside: Callable) -> str | None:
+def wrong_norm(
+    y: torch.Tensor, new_residual: torch.Tensor, weight: torch.Tensor, eps: float, outside: Callable
+) -> str | None:
     """What is wrong with y [M, N] as the norm of new_residual, or None. outside: (got, want, bound, rows) -> reason."""
     u, u32 = torch.finfo(y.dtype).eps / 2, 2.0**-24
     relative = (1 + 2.0**-6) * (2 * u + 2 * (y.shape[1] + 8) * u32)
@@ -45,7 +47,7 @@ def wrong_norm(y: torch.Tensor, new_residual: torch.Tensor, weight: torch.Tensor
     for start in range(0, y.shape[0], ROWS_A_STEP):
         rows = range(start, min(y.shape[0], start + ROWS_A_STEP))
         hidden = new_residual[rows.start : rows.stop].double()
-        want = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + EPS) * weight.double()
+        want = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + eps) * weight.double()
         reason = outside(y[rows.start : rows.stop].double(), want, relative * want.abs() + 2 * smallest, rows)
         if reason is not None:
             return f"y: {reason}"

@@ -22,7 +22,7 @@ import torch
 
 from .cases import GEMM_REDUCE_SCATTER, SUM_OF, Case
 from .inputs import LayerInputs, MessageInputs
-from .norm import norm_operands, wrong_norm
+from .norm import EPS, norm_operands, wrong_norm
 from .timing import Result
 
 ALL_ROWS_UP_TO = 128
@@ -131,7 +131,7 @@ class Truth:
             return f"new_residual: {reason}"
         if y.shape != new_residual.shape or y.dtype != self.dtype:
             return f"y: got {y.dtype} {tuple(y.shape)}, want {self.dtype} {tuple(new_residual.shape)}"
-        return wrong_norm(y, new_residual, weight, outside)
+        return wrong_norm(y, new_residual, weight, EPS, outside)
 
     def _wrong_sum(
         self, out: torch.Tensor, case: Case, rounding: str, residual: torch.Tensor | None = None
@@ -149,7 +149,7 @@ class Truth:
         rows = self.rows[picked]
         if residual is not None:
             want = want + residual[rows].double()
-            bound = bound + _of_one_more(want, self.dtype)
+            bound = bound + of_one_more(want, self.dtype)
         reason = outside(out[rows - first].double(), want, bound, rows.tolist())
         if reason is None and self.everything is not None and rounding != PARTIAL:
             total, wide = self.everything
@@ -159,12 +159,12 @@ class Truth:
                 want, bound = total[part], wide[part]
                 if residual is not None:
                     want = want + residual[part].float()
-                    bound = bound + _of_one_more(want, self.dtype)
+                    bound = bound + of_one_more(want, self.dtype)
                 reason = reason or outside(got, want, bound, range(part.start, part.stop))
         return reason
 
 
-def _of_one_more(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def of_one_more(want: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What an addition in f32 and one rounding to dtype may add to an error."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return (1 + 2.0**-6) * (torch.finfo(dtype).eps / 2 + 2.0**-23) * want.abs() + smallest

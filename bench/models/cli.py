@@ -21,7 +21,7 @@ Model = Annotated[
 ]
 Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Only so many of the model's layers.")]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", min=1, help="Rows of the arena of `ours`; larger calls run in row chunks.")
+    int, typer.Option("--max-tokens", min=1, help="Rows of the arena of our op; larger calls run in row chunks.")
 ]
 RunName = Annotated[str, typer.Option("--run-name", help="`run_name` of the results; by default the model's.")]
 

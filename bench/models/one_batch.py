@@ -1,4 +1,4 @@
-"""`one-batch`, on each rank: prefill and decode of one batch, in three arms that take turns.
+"""`one-batch`, on each rank: prefill and decode of one batch, in arms that take turns.
 
 A case is a batch of equally long prompts and the number of tokens to make. Each arm first runs it eagerly, with every
 row-parallel sum checked (checked.py); an arm that is wrong has no times. Then prefill and a decode step are captured,

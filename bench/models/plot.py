@@ -7,12 +7,12 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from .arms import CEILING, NCCL, OURS
+from .arms import CEILING, NCCL, OURS, OURS_SUMS
 
-COLOURS = {OURS: "#c1121f", CEILING: "#999999"}
-LABELS = {OURS: "ours", CEILING: "ceiling: no all-reduce"}
+COLOURS = {OURS: "#c1121f", OURS_SUMS: "#f4a261", CEILING: "#999999"}
+LABELS = {OURS: "ours", OURS_SUMS: "ours, sums alone", CEILING: "ceiling: no all-reduce"}
 PANELS = {"prefill_latency": "prefill", "median_decode_latency": "decode step"}
-BAR = 0.38
+BAR = 0.27
 IDENTITY = ("model", "layers", "published_layers", "world_size", "batch_size", "input_len", "output_len", "arm")
 
 Line = dict[str, Any]
@@ -51,7 +51,9 @@ def plot(results: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib
         for panel, (field, title) in zip(row, PANELS.items(), strict=True):
             _panel(panel, beside_nccl(mine, field))
             panel.set_title(f"{title}: {model}", fontsize=10)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False
+    )
     run = lines[-1]["run"]
     legend = "batch x input + output, and what nccl takes"
     figure.suptitle(f"time beside nccl's   ({lines[-1]['world_size']} x {run['gpu']};  {legend})", fontsize=12)
@@ -90,13 +92,14 @@ def beside_nccl(lines: Iterable[Line], field: str) -> list[tuple[str, dict[str, 
 
 def _panel(panel: Any, cases: list[tuple[str, dict[str, float]]]) -> None:
     """Bars hang from nccl's 100 %: their length is what is saved, or lost above it."""
-    for offset, (arm, colour) in zip((-BAR / 2, BAR / 2), COLOURS.items(), strict=True):
+    for number, (arm, colour) in enumerate(COLOURS.items()):
+        offset = BAR * (number - (len(COLOURS) - 1) / 2)
         places = [place + offset for place, (_, percents) in enumerate(cases) if arm in percents]
         changes = [percents[arm] - 100 for _, percents in cases if arm in percents]
         panel.bar(places, changes, BAR, bottom=100, color=colour, label=LABELS[arm])
         for place, change in zip(places, changes, strict=True):
             side = "bottom" if change > 0 else "top"
-            panel.annotate(f"{100 + change:.1f}", (place, 100 + change), ha="center", va=side, fontsize=7)
+            panel.annotate(f"{100 + change:.1f}", (place, 100 + change), ha="center", va=side, fontsize=5)
     everything = [100.0] + [percent for _, percents in cases for percent in percents.values()]
     panel.axhline(100, color="#1d3557", linewidth=1.2)
     panel.set_ylim(min(everything) - 2, max(everything) + 2)

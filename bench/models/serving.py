@@ -1,4 +1,4 @@
-"""`serving`, on each rank: one workload of requests, continuously batched, by three arms in turns.
+"""`serving`, on each rank: one workload of requests, continuously batched, by all arms in turns.
 
 Every arm has a captured decode step over all slots, and a captured prefill of one prompt for each length that occurs,
 rounded up (`padded`). All arms use the same cache and inputs, and run the same loop (batching.py); the host reads each

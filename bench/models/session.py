@@ -40,7 +40,7 @@ class ModelOptions:
 
 @dataclass
 class ModelSession:
-    """One rank's model in three arms. `about`: fields that every result of the run carries."""
+    """One rank's model in its arms. `about`: fields that every result of the run carries."""
 
     world: World
     options: ModelOptions

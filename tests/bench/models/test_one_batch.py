@@ -16,6 +16,7 @@ from tp_overlap_kernels.bench import cli
 from tp_overlap_kernels.bench.launch import Topology
 from tp_overlap_kernels.bench.models import cli as models_cli
 from tp_overlap_kernels.bench.models import plot
+from tp_overlap_kernels.bench.models.arms import ARMS
 from tp_overlap_kernels.bench.models.configs import sizes_of
 from tp_overlap_kernels.bench.models.grid import DEFAULT_CASES, BatchCase
 
@@ -32,12 +33,12 @@ pytest.importorskip("transformers", "5.17", reason="needs transformers >= 5.17: 
 # ---- tasks, run on every rank
 
 
-def no_room(x: torch.Tensor) -> torch.Tensor:
+def no_room(*_: Any, **__: Any) -> torch.Tensor:
     raise RuntimeError("no room")
 
 
 def measured(rank: int, world_size: int, path: str, budget_s: float | None, broken: str) -> int:
-    """The exit code. broken: the arm that is ours leaves the "sum" out, or "raises"."""
+    """The exit code. broken: the arms that are ours leave the "sum" out, or `ours` "raises"."""
     from tp_overlap_kernels.bench.models import one_batch, session
     from tp_overlap_kernels.bench.timing import Effort
 
@@ -48,7 +49,10 @@ def measured(rank: int, world_size: int, path: str, budget_s: float | None, brok
     def spoiled(*arguments: Any) -> Any:
         with opened(*arguments) as state:
             without = state.arms.forwards["ceiling"]
-            state.arms.forwards["ours"] = without if broken == "sum" else dict.fromkeys(without, no_room)
+            if broken == "sum":
+                state.arms.forwards |= {"ours": without, "ours_sums": without}
+            else:
+                state.arms.forwards["ours"] = dict.fromkeys(without, no_room)
             yield state
 
     model = session.ModelOptions(sizes_of("tiny"), max_tokens=64, run_name="mine", budget_s=budget_s, commit="abc")
@@ -72,12 +76,13 @@ def test_every_arm_of_a_case_is_a_line_with_the_keys_of_sglang(ranks, tmp_path):
     path = tmp_path / "out.jsonl"
     assert ranks(2).run(measured, str(path), None, "", timeout=240) == [0, 0]
     lines = lines_of(path)
-    assert set(lines) == {(case, arm) for case in CASES for arm in ("nccl", "ours", "ceiling")}
+    assert set(lines) == {(case, arm) for case in CASES for arm in ("nccl", "ours", "ours_sums", "ceiling")}
     for (case, arm), line in lines.items():
         assert set(line) >= OF_SGLANG and line["run_name"] == "mine" and line["reason"] is None
         assert (set(line) >= OF_DECODE) == (case.output_len > 1)
         assert line["correct"] is (None if arm == "ceiling" else True)
-        assert arm == "ceiling" or line["same_tokens"] == case.batch
+        assert 0 <= line["same_tokens"] <= case.batch
+        assert arm not in ("nccl", "ours_sums") or line["same_tokens"] == case.batch
         assert line["model"] == "tiny" and line["layers"] == 2 and line["graph"] is False
         assert line["run"]["commit"] == "abc" and "torch" in line["run"] and "link_gbps" not in line["run"]
         decoded = (case.output_len - 1) * line.get("median_decode_latency", 0.0)
@@ -92,16 +97,20 @@ def test_every_arm_of_a_case_is_a_line_with_the_keys_of_sglang(ranks, tmp_path):
 
 @pytest.mark.parametrize(
     "broken, code, correct, says",
-    [("sum", 1, False, "ours: model.layers.0.self_attn.o_proj"), ("raises", 2, None, "RuntimeError: no room")],
+    [
+        ("sum", 1, False, {"ours": "the op was not called", "ours_sums": "outside the tolerance"}),
+        ("raises", 2, None, {"ours": "RuntimeError: no room"}),
+    ],
+    ids=["sum", "raises"],
 )
 def test_an_arm_that_is_wrong_or_fails_has_no_times_and_the_others_have(ranks, tmp_path, broken, code, correct, says):
     path = tmp_path / "out.jsonl"
     assert ranks(2).run(measured, str(path), None, broken, timeout=120) == [code, code]
     for (_, arm), line in lines_of(path).items():
-        assert ("prefill_latency" in line) == (arm != "ours")
-        if arm == "ours":
-            assert line["correct"] is correct and says in line["reason"]
-            assert ("outside the tolerance" in line["reason"]) == (broken == "sum")
+        assert ("prefill_latency" in line) == (arm not in says)
+        if arm in says:
+            assert line["correct"] is correct and says[arm] in line["reason"]
+            assert (f"{arm}: model.layers.0.self_attn.o_proj: " in line["reason"]) == (broken == "sum")
         elif arm == "nccl":
             assert line["correct"] is True and line["same_tokens"] == line["batch_size"]
 
@@ -115,14 +124,18 @@ def a_line(arm: str, prefill: float, decode: float | None = None, **other: Any) 
 
 def test_the_figure_shows_each_arm_beside_nccl(tmp_path):
     lines = [a_line("nccl", 2.0, 0.5), a_line("ours", 9.0, 0.4), a_line("ours", 1.5, 0.4), a_line("ceiling", 1.0, 0.1)]
+    lines.append(a_line("ours_sums", 1.8, 0.45))
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kept = plot.read_lines(path)
-    assert len(kept) == 3, "of what was measured again, the last counts"
+    assert len(kept) == 4, "of what was measured again, the last counts"
     ((label, percents),) = plot.beside_nccl(kept, "prefill_latency")
-    assert label == "1 x 8\n2e+03 ms" and percents == {"ours": 75.0, "ceiling": 50.0}
+    assert label == "1 x 8\n2e+03 ms" and percents == {"ours": 75.0, "ceiling": 50.0, "ours_sums": 90.0}
     ((label, percents),) = plot.beside_nccl(kept, "median_decode_latency")
-    assert label.startswith("1 x 8 + 4") and percents == {"ours": pytest.approx(80.0), "ceiling": pytest.approx(20.0)}
+    assert label.startswith("1 x 8 + 4") and percents == pytest.approx(
+        {"ours": 80.0, "ceiling": 20.0, "ours_sums": 90.0}
+    )
+    assert {*plot.COLOURS} == {*plot.LABELS} == set(ARMS) - {"nccl"}, "a bar for each arm"
     done = CliRunner().invoke(cli.app, ["plot", str(path)])
     assert done.exit_code == 0 and (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG"), done.output
 

@@ -182,7 +182,7 @@ def test_every_arm_serves_the_workload(ranks, tmp_path, rate):
     workload = dataclasses.replace(SMALL, request_rate=rate)
     assert ranks(2).run(served, str(path), workload, 2, None, timeout=240) == [0, 0]
     rows = json.loads(path.read_text())["rows"]
-    assert [row["arm"] for row in rows] == ["nccl", "ours", "ceiling"]
+    assert [row["arm"] for row in rows] == ["nccl", "ours", "ours_sums", "ceiling"]
     requests = workload.requests(0)
     for row in rows:
         assert row["completed"] == row["num_prompts"] == 5 and row["rounds"] == 2
@@ -191,7 +191,8 @@ def test_every_arm_serves_the_workload(ranks, tmp_path, rate):
         assert 0 < row["median_ttft_ms"] <= row["p99_ttft_ms"] <= row["p99_e2e_latency_ms"]
         assert 0 < row["concurrency"] <= 2
         assert row["correct"] is (None if row["arm"] == "ceiling" else True)
-        assert row["arm"] == "ceiling" or row["same_tokens"] == [5, 5]
+        assert len(row["same_tokens"]) == 2 and all(0 <= same <= 5 for same in row["same_tokens"])
+        assert row["arm"] not in ("nccl", "ours_sums") or row["same_tokens"] == [5, 5]
         assert row["request_rate"] == ("inf" if math.isinf(rate) else rate) and row["run"]["commit"] == "abc"
 
 

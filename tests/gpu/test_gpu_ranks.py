@@ -15,7 +15,7 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
-MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nodes")
+MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nodes", "adapters")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(280),

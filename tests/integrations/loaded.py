@@ -80,6 +80,7 @@ def parts(world_size: int, load: Load) -> Iterator[Any]:
     from tp_overlap_kernels.integrations import transformers as adapter
 
     quiet()
+    tpo.close()  # an adapter would take what an earlier test has left, which may be on several nodes
     routing.reset_counters()
     if load.enable is not None:
         adapter.enable(**{"max_tokens": 64, **load.enable})
@@ -105,15 +106,17 @@ def run(
 ) -> Seen:
     """Greedy `new_tokens` after `prompt`, the surprise at `long`, then a pass over `text` with all that can be seen.
 
-    All of shape [1, T]. That makes new_tokens + 2 passes.
+    All of shape [1, T]. That makes new_tokens + 2 passes. What was seen is handed back on the CPU.
     """
     with heard() as log, parts(world_size, load) as model, torch.inference_mode():
+        prompt, text, long = (each.to(model.device) for each in (prompt, text, long))
         tokens = greedy(model, prompt, new_tokens)
         nats = surprise(model, long)
         rows = watch(model) if load.norms is None else []
         with joined_calls() as joined:
             hidden = model(text, output_hidden_states=True).hidden_states
-        return Seen(tokens, nats, list(hidden), rows, joined, counters(), log, tpo.memory_report().total_bytes)
+        states = [state.cpu() for state in hidden]
+        return Seen(tokens, nats.cpu(), states, rows, joined, counters(), log, tpo.memory_report().total_bytes)
 
 
 def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> list[int]:
@@ -134,7 +137,7 @@ def watch(model: Any) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
             module.register_forward_hook(
-                lambda _, inputs, output, name=name: rows.append((name, inputs[0].clone(), output.clone()))
+                lambda _, inputs, output, name=name: rows.append((name, _kept(inputs[0]), _kept(output)))
             )
     return rows
 
@@ -149,7 +152,7 @@ def joined_calls() -> Iterator[list[Joined]]:
 
     def seen(layer, x, weight, bias, residual, scale, eps):
         y, new_residual = op(layer, x, weight, bias, residual, scale, eps)
-        calls.append(Joined(layer.name, *(each.clone() for each in (x, residual, scale, y, new_residual))))
+        calls.append(Joined(layer.name, *(_kept(each) for each in (x, residual, scale, y, new_residual))))
         return y, new_residual
 
     Adopted.with_norm = seen  # type: ignore[method-assign]
@@ -157,6 +160,11 @@ def joined_calls() -> Iterator[list[Joined]]:
         yield calls
     finally:
         Adopted.with_norm = op  # type: ignore[method-assign]
+
+
+def _kept(x: torch.Tensor) -> torch.Tensor:
+    """What x is now, on the CPU."""
+    return x.clone() if x.device.type == "cpu" else x.cpu()
 
 
 def quiet() -> None:

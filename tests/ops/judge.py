@@ -117,6 +117,7 @@ def allowed(
     owner = owners(call, rows_at_once).to(wanted.ref.device)
     if not call.bias or place == SUM:
         return wanted, tolerance.tolerance(wanted, rounding, owner=owner)
+    assert place == RANK_0 or call.case.world_size == 2, "only one partial travels"
     wanted, product = _with_bias_in_partial(call, wanted, bias, place, owner)
     # torch.addmm adds the bias in f32 where cuBLAS has an epilogue for the layout, else as beta * C, before which
     # cuBLAS may round the product.
@@ -131,7 +132,7 @@ def _allowed_on_nodes(
     owner = places(call, ranks_per_node)
     if not call.bias or place == SUM:
         return wanted, tolerance.two_level(wanted, rounding, ranks_per_node, owner=owner)
-    assert place == RANK_0, "the rank within the first node is not known"
+    assert place == RANK_0 or ranks_per_node == 2, "only one partial of the first node travels"
     wanted, product = _with_bias_in_partial(call, wanted, bias, place, owner)
     u = torch.finfo(call.case.dtype).eps / 2  # as in `allowed`
     own = (1 + 2.0**-6) * u * product.abs()
@@ -178,9 +179,11 @@ def places(call: Call, ranks_per_node: int) -> torch.Tensor:
 def _with_bias_in_partial(
     call: Call, wanted: Truth, bias: torch.Tensor, place: str, owner: torch.Tensor
 ) -> tuple[Truth, torch.Tensor]:
-    """The truth with the bias in one partial of each row, and what that partial, (M, N), was without it."""
+    """The truth with the bias in one partial of each row, and what that partial, (M, N), was without it.
+
+    The partial of rank 0, or of the one of ranks 0 and 1 that is not the owner.
+    """
     rows = torch.arange(call.case.M, device=owner.device)
-    assert place == RANK_0 or call.case.world_size == 2, "only one partial travels"
     which = torch.zeros_like(owner) if place == RANK_0 else 1 - owner
     partials = wanted.partials.clone()
     partials[which, rows] += bias.double()

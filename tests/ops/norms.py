@@ -154,10 +154,13 @@ def check(
     """Every rank makes the calls in a row; every result is judged. ranks: the fixture."""
     by_rank = ranks(calls[0].case.world_size).run(make_calls, setup, calls, flags)
     for call, results in zip(calls, zip(*by_rank, strict=True), strict=True):
-        judge(call, plan_name(setup, call), list(results), rows_at_once)
+        judge(call, plan_name(setup, call), list(results), rows_at_once, setup.ranks_per_node)
 
 
 def plan_name(setup: Setup, call: NormCall) -> str:
+    """The plan that runs; on several nodes the one inside."""
+    if setup.ranks_per_node is not None:
+        return of_sums.plan_name(setup, call.sum)
     if call.case.world_size == 1:
         return "local"
     if setup.backend == "ref":
@@ -165,8 +168,17 @@ def plan_name(setup: Setup, call: NormCall) -> str:
     return (call.plan or setup.plan or "").split(":")[0]
 
 
-def judge(call: NormCall, plan: str, results: list[tuple[torch.Tensor, torch.Tensor]], rows_at_once=None) -> None:
-    """Raises unless `results`, by rank, are what the op promises. plan: that ran."""
+def judge(
+    call: NormCall,
+    plan: str,
+    results: list[tuple[torch.Tensor, torch.Tensor]],
+    rows_at_once: int | None = None,
+    ranks_per_node: int | None = None,
+) -> None:
+    """Raises unless `results`, by rank, are what the op promises. plan: that ran.
+
+    ranks_per_node: where the ranks were on several nodes; plan is then the one inside.
+    """
     dtype = call.case.dtype
     for rank, pair in enumerate(results):
         for result, first in zip(pair, results[0], strict=True):
@@ -175,11 +187,19 @@ def judge(call: NormCall, plan: str, results: list[tuple[torch.Tensor, torch.Ten
     y, new_residual = (result.reshape(-1, call.H) for result in results[0])
     residual, weight = residual_and_weight(call)
     what = f"{call.op} {call.sum.kind} call {call.sum.number}"
-    check_sum(call, plan, new_residual, residual.reshape(-1, call.H), rows_at_once, what)
+    check_sum(call, plan, new_residual, residual.reshape(-1, call.H), rows_at_once, what, ranks_per_node)
     check_norm(y, new_residual, weight, what)
 
 
-def check_sum(call: NormCall, plan: str, new_residual: torch.Tensor, residual: torch.Tensor, rows, what: str) -> None:
+def check_sum(
+    call: NormCall,
+    plan: str,
+    new_residual: torch.Tensor,
+    residual: torch.Tensor,
+    rows: int | None,
+    what: str,
+    ranks_per_node: int | None = None,
+) -> None:
     """new_residual against sum + residual: the sum as its plan promises it, rounded with the residual in it, or before
     it too."""
     of_sum, case = call.sum, call.case
@@ -188,10 +208,12 @@ def check_sum(call: NormCall, plan: str, new_residual: torch.Tensor, residual: t
         exact = truth.ref.reshape(residual.shape) + residual.double()
         assert of_sums.same_bits(new_residual + 0.0, exact.to(case.dtype) + 0.0), f"{what}: new_residual is not exact"
         return
-    truth, bound = of_sums.allowed(of_sum, plan.removesuffix("_norm"), truth, inputs.bias(case, of_sum.number), rows)
+    bias, plan_of_sum = inputs.bias(case, of_sum.number), plan.removesuffix("_norm")
+    truth, bound = of_sums.allowed(of_sum, plan_of_sum, truth, bias, rows, ranks_per_node)
     u, slack = torch.finfo(case.dtype).eps / 2, 1 + 2.0**-6
     # The sum is rounded with the residual in it. On one rank too, but for a GEMM's: a product is rounded as such.
-    if plan == "ref" or plan.endswith("_norm") or (call.op, plan) == (SUM, "local"):
+    in_one = plan == "ref" or plan.endswith("_norm") or (call.op, plan) == (SUM, "local")
+    if in_one and ranks_per_node is None:
         bound = bound - slack * u * truth.ref.abs()
     smallest = torch.finfo(case.dtype).smallest_normal * 2 * u if case.dtype == FP16 else 0.0
     ref = truth.ref + residual.double().reshape(truth.ref.shape)

@@ -342,6 +342,8 @@ def _make_spanning(
             arena.release(raised_on_all(reason))
         raise
     inside = made[0]
+    # Ranks of other nodes too: nodes that are parts of one host may share its devices.
+    inside.topology = replace(inside.topology, ranks_per_device=ranks_on_same_device(cards))
     order = [rank for place in nodes.places() for rank in place]
     return replace(
         inside,

@@ -105,7 +105,7 @@ def proof(folder: pathlib.Path = ROOT / "bench" / "results" / "proof") -> str:
 
 
 def one_batch(path: pathlib.Path = ROOT / "bench" / "results" / "h200x2_one_batch.jsonl") -> str:
-    """Milliseconds of each arm, and how much of what the ceiling gains over nccl ours gains: a line a prefill or decode."""
+    """Milliseconds of each arm, a line a prefill or decode; and how much of what the ceiling gains ours gains."""
     if not path.exists():
         return "Not measured yet."
     parts, lines = [], models_plot.read_lines(path)

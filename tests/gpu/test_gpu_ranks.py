@@ -36,8 +36,17 @@ def names_of(module: str) -> list[str]:
     raise AssertionError(f"{module} has no CHECKS")
 
 
-MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nodes", "nvshmem", "adapters")
-NEEDS = {"nvshmem": "nvshmem4py-cu13"}  # a wheel, by module
+def is_installed(wheel: str | None) -> bool:
+    try:
+        return wheel is None or bool(importlib.metadata.version(wheel))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def device_of(rank: int, world_size: int, devices: int, nodes: int) -> int:
+    """Neither the ranks of a node share a device nor those of a place, as far as there are enough."""
+    node, place = divmod(rank, world_size // nodes)
+    return rank if devices >= world_size else (place + node) % devices
 
 
 def serve(rank: int, world_size: int, port: int, module: str, folder: str) -> None:

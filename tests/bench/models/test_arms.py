@@ -21,6 +21,7 @@ pytest.importorskip("transformers", "5.17", reason="needs transformers >= 5.17: 
 PROMPT = (torch.arange(2 * 11) * 7 % 66).view(2, 11)
 NEW_TOKENS = 6
 ARMS = ("nccl", "ours", "ours_sums", "ceiling")
+ROW, OF_NORMS = "RowForward", {"DecoderForward", "NormForward"}
 ROWS = ("self_attn.o_proj", "mlp.down_proj")  # of a decoder layer, in calling order
 RMS_EPS = 0.01  # beside mean squares of 0.01 and more: a norm with another eps is another norm
 PADDED, LENGTHS = 13, (5, 11)  # tokens of a padded prompt, and those that count, by slot
@@ -30,8 +31,9 @@ PADDED, LENGTHS = 13, (5, 11)  # tokens of a padded prompt, and those that count
 
 
 def generate(rank: int, world_size: int, kind: str) -> dict[str, Any]:
-    """Per arm (logits, what was wrong, what was counted), where all arms read nccl's greedy tokens; "nccl again" is
-    nccl behind all others, and "f32" the logits alone, of the same weights in f32."""
+    """Per arm (logits, what was wrong, what was counted, which forwards of ours stood in the model), where all arms
+    read the greedy tokens of nccl; "nccl again" is nccl behind all others, "f32" the logits of these weights in f32.
+    """
     from tp_overlap_kernels.bench.models.checked import watched
     from tp_overlap_kernels.bench.models.sharded import sharded
     from tp_overlap_kernels.bench.models.slots import SlotCache
@@ -60,7 +62,8 @@ def generate(rank: int, world_size: int, kind: str) -> dict[str, Any]:
             arm = name.removesuffix(" again")
             routing.reset_counters()
             with watched(arms, arm, here) as wrong, arms.active(arm) as model:
-                seen[name] = logits_of(model, ranked.DTYPE), wrong, counters()
+                kinds = {type(vars(module).get("forward")).__name__ for module in model.modules()}
+                seen[name] = logits_of(model, ranked.DTYPE), wrong, counters(), kinds & {ROW, *OF_NORMS}
         finer, _ = sharded(sizes, here, torch.float32)
         for theirs, mine in zip(finer.parameters(), arms.model.parameters(), strict=True):
             local(theirs).copy_(local(mine))
@@ -158,6 +161,10 @@ def faulty(rank: int, world_size: int) -> dict[str, list[str]]:
             arms.forwards[arm] = own[other]
             said[arm, other] = passes(arm)
             arms.forwards[arm] = own[arm]
+        with watched(arms, "ours", here) as said["ours", "then nccl"]:
+            prefill(arms.model)
+            with arms.active("nccl"):
+                prefill(arms.model)
         assert all(type(own["ours"][name].layer) is Adopted for name in arms.rows), "what is watched stays so"
     return said
 
@@ -205,6 +212,8 @@ def test_the_ceiling_is_wrong_and_the_others_are_right_and_as_near_to_float32(ra
         assert seen["ours"][2] == {"fused": calls, "fused with norm": calls} and seen["ours_sums"][2] == {
             "fused": calls
         }
+        kinds = {"nccl": set(), "ours": {ROW, *OF_NORMS}, "ours_sums": {ROW}, "ceiling": set(), "nccl again": set()}
+        assert {arm: seen[arm][3] for arm in kinds} == kinds
         assert torch.equal(of_sums.argmax(-1), of_nccl.argmax(-1))
         assert not torch.equal(of_ours, of_sums), "one arm was run as the other"
         no_worse(of_ours, of_nccl, exact, 2**0.5, "logits of ours")
@@ -236,6 +245,7 @@ def test_an_arm_of_ours_is_wrong_where_the_op_is_or_was_not_called(ranks):
                 assert line.startswith(f"ours: {row}: {result}: ") and "outside the tolerance" in line
         for arm, other in (("ours", "nccl"), ("ours", "ours_sums"), ("ours_sums", "nccl")):
             assert said[arm, other] == [f"{arm}: {row}: the op was not called" for row in rows]
+        assert said["ours", "then nccl"] == said["ours", "nccl"][: len(rows) // 2], "only one pass was without the op"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def copy_tree(to: pathlib.Path) -> None:
 
 def apply(mutant: Mutant, tree: pathlib.Path) -> None:
     """Raises if the patch does not fit."""
-    command = ["patch", "--strip=1", "--no-backup-if-mismatch", "--input", str(mutant.patch)]
+    command = ["patch", "--strip=1", "--fuzz=0", "--no-backup-if-mismatch", "--input", str(mutant.patch)]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if done.returncode:
         raise AssertionError(f"{mutant.name} no longer applies:\n{done.stdout}{done.stderr}")

@@ -110,8 +110,8 @@ def one_batch(path: pathlib.Path = ONE_BATCH) -> str:
     if not path.exists():
         return "Not measured yet."
     parts, lines = [], models_plot.read_lines(path)
-    for model in dict.fromkeys((line["model"], line["layers"], line["published_layers"]) for line in lines):
-        mine = [line for line in lines if (line["model"], line["layers"], line["published_layers"]) == model]
+    for model in dict.fromkeys(map(models_plot.name_of, lines)):
+        mine = [line for line in lines if models_plot.name_of(line) == model]
         head = ("step", "batch", "input", *ARMS, "ours, of the ceiling's gain", "ours_sums, of it")
         table = [_line(*head), _line("---", *["---:"] * (len(head) - 1))]
         for step, field in (("prefill", "prefill_latency"), ("decode", "median_decode_latency")):
@@ -121,11 +121,7 @@ def one_batch(path: pathlib.Path = ONE_BATCH) -> str:
                     cases.setdefault((line["batch_size"], line["input_len"]), {})[line["arm"]] = line[field] * 1e3
             table += [_line(step, *case, *_of_arms(arms)) for case, arms in sorted(cases.items())]
         run = mine[-1]["run"]
-        name, layers, published = model
-        parts.append(
-            f"{name}, {layers} of {published} layers, TP={mine[-1]['world_size']}, milliseconds; {run['gpu']}, commit "
-            f"{run['commit']}:\n\n" + "\n".join(table)
-        )
+        parts.append(f"{model}, milliseconds; {run['gpu']}, commit {run['commit']}:\n\n" + "\n".join(table))
     return "\n\n".join(parts)
 
 

@@ -43,11 +43,11 @@ def plot(results: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib
     lines = [line for line in read_lines(results) if "prefill_latency" in line]
     if not lines:
         raise ValueError(f"{results} holds no times to plot")
-    models = list(dict.fromkeys(map(_model, lines)))
+    models = list(dict.fromkeys(map(name_of, lines)))
     figure = Figure(figsize=(15, 3.6 * len(models) + 0.6), layout="constrained")
     panels = figure.subplots(len(models), len(PANELS), squeeze=False)
     for row, model in zip(panels, models, strict=True):
-        mine = [line for line in lines if _model(line) == model]
+        mine = [line for line in lines if name_of(line) == model]
         for panel, (field, title) in zip(row, PANELS.items(), strict=True):
             _panel(panel, beside_nccl(mine, field))
             panel.set_title(f"{title}: {model}", fontsize=10)
@@ -63,7 +63,8 @@ def plot(results: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib
     return [path]
 
 
-def _model(line: Line) -> str:
+def name_of(line: Line) -> str:
+    """The model of a line, how much of it, and over how many ranks."""
     layers, published = line["layers"], line["published_layers"]
     cut = "" if layers == published else f", {layers} of {published} layers"
     return f"{line['model']}{cut}, TP={line['world_size']}"

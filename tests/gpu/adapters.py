@@ -10,7 +10,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from tests.integrations import loaded
 from tests.integrations.judged import check_joined, check_rows
 from tests.integrations.loaded import Load
 from tests.integrations.surroundings import integers
+from tests.integrations.traced import traced
 from tp_overlap_kernels.layers import counters, routing
 
 DEVICE = "cuda"
@@ -160,16 +160,10 @@ def _few(rows: int, seed: int) -> torch.Tensor:
 
 def compiled_gives_the_same(run: Run, inputs: list[tuple], calls: int, op: str) -> None:
     """calls: of the op, in the one graph that torch.compile makes for all inputs."""
-    eager, found = [run(*given).clone() for given in inputs], []
-
-    def count_ops(graph: torch.fx.GraphModule, _: Any) -> Any:
-        found.append(sum(op in str(node.target) for node in graph.graph.nodes))
-        return graph
-
-    torch.compiler.reset()
-    traced = torch.compile(run, fullgraph=True, dynamic=True, backend=count_ops)  # a break would raise
+    eager = [run(*given).clone() for given in inputs]
+    one_graph, found = traced(run, op)
     for given, expected in zip(inputs, eager, strict=True):
-        assert torch.equal(traced(*given), expected), f"compiled, {given[0].shape}"
+        assert torch.equal(one_graph(*given), expected), f"compiled, {given[0].shape}"
     assert found == [calls], found
     tpo.check()
 

@@ -15,17 +15,12 @@ import traceback
 import pytest
 import torch
 
+from tests.gpu.needs import TWO_GPUS
+
 FOLDER = pathlib.Path(__file__).parent
 MODULES = ("checks", "mixtures", "values", "peers", "words", "norms", "nodes", "nvshmem", "adapters")
 NEEDS = {"nvshmem": "nvshmem4py-cu13"}  # a wheel, by module
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(280),
-    pytest.mark.skipif(
-        torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1),
-        reason="needs two CUDA devices that reach each other",
-    ),
-]
+pytestmark = TWO_GPUS
 
 
 def names_of(module: str) -> list[str]:

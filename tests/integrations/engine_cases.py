@@ -14,6 +14,7 @@ import tp_overlap_kernels as tpo
 from tests.integrations import stand_in
 from tests.integrations.stand_in import Group, QuantizedActivation
 from tests.integrations.surroundings import environment, heard, integers, no_arena
+from tests.integrations.traced import traced
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.layers import counters, routing
 
@@ -119,18 +120,11 @@ def run_required(rank: int, world_size: int, kind: type, case: Case) -> tuple[st
 
 def run_compiled(rank: int, world_size: int, kind: type, case: Case) -> tuple[list[bool], list[int], int]:
     """(whether outputs equal the eager ones, how often each graph calls the op, sums by the group)"""
-    graphs: list[int] = []
-
-    def count_ops(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(sum("gemm_all_reduce" in str(node.target) for node in graph.graph.nodes))
-        return graph
-
-    torch.compiler.reset()
     with engine(kind, case, "auto") as made, torch.no_grad():
         layer = build(made, case)
-        traced = torch.compile(layer, fullgraph=True, dynamic=True, backend=count_ops)
+        one_graph, graphs = traced(layer, "gemm_all_reduce")
         inputs = [integers((rows, K // world_size), -2, 2, rows).to(BF16) for rows in (5, 17, 48)]
-        equal = [same(list(traced(x)), list(layer(x))) for x in inputs]
+        equal = [same(list(one_graph(x)), list(layer(x))) for x in inputs]
         return equal, graphs, made.group.sums
 
 

@@ -16,20 +16,14 @@ import pytest
 import torch
 
 from tests.dist import RankPool
+from tests.gpu.needs import TWO_GPUS
 from tests.integrations import loaded, smollm2_held
 from tests.integrations.loaded import Load, Seen
 from tests.integrations.smollm2_held import NEW_TOKENS, PLANS, Reference, perplexity
 from tests.ops.judge import count_in_f32
 
 pytest.importorskip("transformers", "5.17", reason="needs transformers >= 5.17: pip install -e .[transformers]")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(280),
-    pytest.mark.skipif(
-        torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1),
-        reason="needs two CUDA devices that reach each other",
-    ),
-]
+pytestmark = TWO_GPUS
 
 
 @pytest.fixture(scope="module")

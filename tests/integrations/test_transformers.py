@@ -12,6 +12,7 @@ from tests.integrations import loaded
 from tests.integrations.judged import check_rows
 from tests.integrations.loaded import Load
 from tests.integrations.surroundings import environment, heard
+from tests.integrations.traced import traced
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.layers import counters
 
@@ -95,17 +96,10 @@ def transpose_in_memory(module: Any) -> None:
 
 def compiled(rank: int, world_size: int, load: Load) -> tuple[list[bool], list[int], dict[str, int]]:
     """(whether each output equals the eager one's bits, how often each graph calls the op, what was counted)"""
-    graphs = []
-
-    def count_ops(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(sum("gemm_all_reduce" in str(node.target) for node in graph.graph.nodes))
-        return graph
-
-    torch.compiler.reset()
     with loaded.parts(world_size, load) as model, torch.no_grad():
-        traced = torch.compile(model, fullgraph=True, dynamic=True, backend=count_ops)  # a break would raise
+        one_graph, graphs = traced(model, "gemm_all_reduce")
         prompts = [PROMPT, torch.arange(1, 8).view(1, -1)]  # not a view: its strides would be another graph
-        outputs = [traced(prompt, use_cache=False).logits for prompt in prompts]
+        outputs = [one_graph(prompt, use_cache=False).logits for prompt in prompts]
         counted = counters()
         eager = [model(prompt, use_cache=False).logits for prompt in prompts]
         return [torch.equal(*pair) for pair in zip(outputs, eager, strict=True)], graphs, counted

@@ -12,6 +12,7 @@ from tests.integrations import loaded
 from tests.integrations.judged import check_joined, no_worse, ties
 from tests.integrations.loaded import Load
 from tests.integrations.surroundings import environment
+from tests.integrations.traced import traced
 from tp_overlap_kernels.errors import InvalidInput
 from tp_overlap_kernels.layers import counters
 
@@ -61,17 +62,10 @@ def folder(tmp_path_factory):
 
 def compiled(rank: int, world_size: int, load: Load) -> tuple[list[bool], list[int]]:
     """(whether each output equals the eager one's bits, how often each graph calls the op with the norm)"""
-    graphs = []
-
-    def count_ops(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(sum("gemm_all_reduce_add_rms_norm" in str(node.target) for node in graph.graph.nodes))
-        return graph
-
-    torch.compiler.reset()
     with loaded.parts(world_size, load) as model, torch.no_grad():
-        traced = torch.compile(model, fullgraph=True, dynamic=True, backend=count_ops)  # a break would raise
+        one_graph, graphs = traced(model, "gemm_all_reduce_add_rms_norm")
         prompts = [PROMPT, torch.arange(1, 8).view(1, -1)]
-        pairs = [[each(prompt, use_cache=False).logits for each in (traced, model)] for prompt in prompts]
+        pairs = [[each(prompt, use_cache=False).logits for each in (one_graph, model)] for prompt in prompts]
         return [torch.equal(*pair) for pair in pairs], graphs
 
 

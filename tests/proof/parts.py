@@ -13,6 +13,8 @@ from tests.proof.report import Found, merged
 
 STARTS = 5  # of processes, for equal bits
 FUZZ_JOBS = {"cuda": 4, "cpu": 1}  # side by side: most of the time goes into compiling
+# In nanoseconds the hog's is a number of 64 bits, as the usual one: else kernels would be compiled anew for it, and
+# what is compiled beside a hog cannot be loaded before the hog ends.
 TIMEOUT_S = {"faults": 3.0, "hog": 2.5}
 
 

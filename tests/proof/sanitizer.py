@@ -80,14 +80,13 @@ def judge(one: Checked) -> tuple[dict, list[str]]:
     calls, wrong = (int(ours[1]), int(ours[2])) if ours else (None, None)
     what = f"{one.tool}, rank {one.rank}"
     tail = "\n".join(one.output.strip().split("\n")[-25:])
+    first = one.output[max(0, one.output.find("=========")) :][:2000]
     failures = []
     if one.exit_code is None:
-        first = one.output[max(0, one.output.find("=========")) :][:2000]
         failures.append(f"{what}: not done within its time\n{first}\n...\n{tail}")
     elif (errors is None and one.tool != NO_TOOL) or not calls or one.exit_code:
         failures.append(f"{what}: nothing was checked, or it ended badly, exit code {one.exit_code}\n{tail}")
     if errors:
-        first = one.output[max(0, one.output.find("=========")) :][:2000]
         failures.append(f"{what}: {errors} errors\n{first}")
     if wrong:
         failures.append(f"{what}: {wrong} wrong results")

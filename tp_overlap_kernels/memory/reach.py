@@ -10,16 +10,14 @@ from .agreement import exchange
 from .store import Store
 
 MARK = 0x7470_6F00 << 32
+_LOOK = (
+    "and it does not work: look at `nvidia-smi topo -p2p rw`, at IOMMU and ACS settings, and at the isolation of the "
+    "containers. Until then use NCCL here."
+)
 ADVICE = {
     "shm": "The ranks must run on one host, in one PID namespace and as one user.",
-    "symm_mem": (
-        "The driver grants access between these devices, and it does not work: look at `nvidia-smi topo -p2p rw`, at "
-        "IOMMU and ACS settings, and at the isolation of the containers. Until then use NCCL here."
-    ),
-    "nvshmem": (
-        "NVSHMEM has mapped these devices to each other, and it does not work: look at `nvidia-smi topo -p2p rw`, at "
-        "IOMMU and ACS settings, and at the isolation of the containers. Until then use NCCL here."
-    ),
+    "symm_mem": f"The driver grants access between these devices, {_LOOK}",
+    "nvshmem": f"NVSHMEM has mapped these devices to each other, {_LOOK}",
 }
 
 

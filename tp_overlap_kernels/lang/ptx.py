@@ -45,11 +45,12 @@ ENTER = tl.constexpr("""
 """)
 
 # Poll until epoch(slot) >= epoch(want). Registers: $0 status; $1 slot, $2 want, $3 timeout_ns, $4 control, $5
-# record, $6 packed (op << 48 | rank << 40 | peer << 32 | tile). It looks at the clock and at the abort word (pinned
-# host memory, a microsecond away) after 512 polls and then every 1024, so that a short wait pays for neither. There
-# it also compares headers: a peer that has entered the same epoch with another hash makes another call, and would
-# never write the slot we wait for. Bit 0 of the abort word ends the wait. Bit 8 + peer says that the peer has closed:
-# what it had sent before is there by then, so the slot is looked at once more.
+# record, $6 packed (op << 48 | rank << 40 | peer << 32 | tile). It looks at the clock after 512 polls and then every
+# 1024, so that a short wait does not pay for it. There it also compares headers: a peer that has entered the same epoch
+# with another hash makes another call, and would never write the slot we wait for. From 8192 polls on, which is after
+# milliseconds, it looks at the abort word there, too: that lies in the host's memory, and when all blocks ask for it
+# their other loads wait. Bit 0 of it ends the wait. Bit 8 + peer says that the peer has closed: what it had sent before
+# is there by then, so the slot is looked at once more.
 _POLL = """
         mov.u32 status, 0;
         mov.u32 polls, 0;
@@ -67,6 +68,8 @@ _POLL = """
         ld.relaxed.gpu.global.b64 failed, [$4 + 32];
         setp.ne.s64 gone, failed, 0;
         @gone bra known;
+        setp.lt.u32 skip, polls, 8192;
+        @skip bra headers;
         ld.relaxed.sys.global.b64 failed, [$5];
         setp.ne.s64 gone, failed, 0;
         @gone bra told;

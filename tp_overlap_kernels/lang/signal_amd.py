@@ -40,7 +40,7 @@ def notify_add(slot, addend):
 
 @triton.jit
 def wait(slot, word, timeout_ns, control_ptr, record_ptr, who):
-    """Of signal.py. As there, it looks around after 512 polls and then every 1024."""
+    """Of signal.py. It looks around, at the host's word too, after 512 polls and then every 1024."""
     wanted = word >> 16
     status = tl.full((), OK, tl.int32)
     polls = tl.full((), 0, tl.int32)

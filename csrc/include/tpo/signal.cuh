@@ -66,8 +66,9 @@ __device__ __forceinline__ int64_t count_arrival(int64_t* counter) {
 
 __device__ __forceinline__ int64_t call_word(int64_t epoch, int64_t call_hash) { return epoch << 16 | call_hash; }
 
-// How long a thread goes on polling. It looks at the clock and at the words that end a wait (one of them in host
-// memory, a microsecond away) after 512 polls and then every 1024: a wait of the usual length pays for neither.
+// How long a thread goes on polling. It looks at the clock and at the device's word that ends a wait after 512 polls and
+// then every 1024: a wait of the usual length pays for neither. From 8192 polls on, which is after milliseconds, it looks
+// at the host's word, too: when all blocks ask for that in the middle of a call, their loads of products wait for it.
 // All of it is inlined: a call would move the counter from a register to the stack.
 class Patience {
  public:
@@ -82,14 +83,15 @@ class Patience {
  private:
   __device__ __forceinline__ Status look(int peer) {
     const int64_t ended = 1 | int64_t{1} << (TPO_RECORD_ABORT_PEER + peer);
-    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED) || peek_relaxed(record_ + TPO_RECORD_ABORT) & ended) {
-      return kAborted;
-    }
+    if (local_peek_relaxed(control_ + TPO_CONTROL_FAILED)) return kAborted;
+    if (polls_ >= kPollsBeforeHost && peek_relaxed(record_ + TPO_RECORD_ABORT) & ended) return kAborted;
     int64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));  // nanoseconds; clock64 would follow the SM clock
     if (started_ == 0) started_ = now;
     return timeout_ns_ != 0 && now - started_ > timeout_ns_ ? kTimeout : kOk;
   }
+
+  static constexpr uint32_t kPollsBeforeHost = 8192;
 
   const int64_t* control_;
   const int64_t* record_;

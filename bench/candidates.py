@@ -61,38 +61,37 @@ _STAGED = (  # block_m, block_n, block_k, num_stages, num_warps, group_m, stagge
 )
 _SCATTER_FEW = ((64, 64, 128, 4, 4, 65, 128),)  # a rank's share is a part of these rows
 # The CUDA kernels for Hopper, own tiles last or among the others: behind a wave of each peer's, or half of one. Tiles
-# are sent whole, by as many blocks at a time as fill the link, or in small pieces by all, which delays products least
-# where they take longer than the link. A wave has half as many clusters of four.
+# are sent whole, by as many blocks at a time as fill the link; or in small pieces by all, or in larger ones by turns,
+# which delays products less where they take longer than the link.
 _WHOLE, _BY_TURNS, _PIECES = 65536, 24, (512, 0)
-_PAIR, _QUAD, _ROW = (2, 1), (2, 2), (1, 2)  # rows and columns of blocks in a cluster
+_PAIR, _ROW = (2, 1), (1, 2)  # rows and columns of blocks in a cluster
 _SM90 = {  # columns of a tile, staging buffers, cluster, lead, bytes of a piece, senders, least M
     GEMM_ALL_REDUCE: (
         (128, 1, _PAIR, 0, _WHOLE, _BY_TURNS, 256),
         (128, 1, _PAIR, 66, _WHOLE, _BY_TURNS, 256),
         (128, 1, _PAIR, 66, _WHOLE, 32, 512),
-        (128, 1, _PAIR, 33, *_PIECES, 1024),
+        (128, 1, _PAIR, 66, 2048, _BY_TURNS, 512),
         (128, 1, _PAIR, 66, *_PIECES, 256),
-        (128, 1, _QUAD, 33, _WHOLE, _BY_TURNS, 512),
-        (128, 1, _QUAD, 33, *_PIECES, 512),
-        (128, 1, _QUAD, 16, *_PIECES, 1024),
         (128, 2, _PAIR, 66, _WHOLE, _BY_TURNS, 1024),
+        (256, 1, _PAIR, 0, 2048, 32, 1024),
         (256, 1, _PAIR, 33, _WHOLE, 16, 2048),
+        (256, 1, _PAIR, 33, 2048, 32, 1024),
         (256, 1, _PAIR, 66, _WHOLE, 16, 1024),
+        (256, 1, _PAIR, 66, 2048, 32, 1024),
         (256, 1, _PAIR, 66, *_PIECES, 2048),
     ),
     GEMM_REDUCE_SCATTER: (
         (128, 1, _PAIR, 0, *_PIECES, 256),
         (128, 1, _PAIR, 66, _WHOLE, _BY_TURNS, 256),
-        (128, 1, _PAIR, 33, *_PIECES, 1024),
         (128, 2, _PAIR, 0, _WHOLE, _BY_TURNS, 256),
+        (128, 2, _PAIR, 0, 2048, _BY_TURNS, 512),
         (128, 2, _PAIR, 66, _WHOLE, _BY_TURNS, 512),
-        (128, 2, _PAIR, 66, *_PIECES, 1024),
         (64, 2, _ROW, 0, _WHOLE, 48, 128),
         (64, 2, _ROW, 0, *_PIECES, 128),
         (128, 2, _ROW, 0, _WHOLE, _BY_TURNS, 128),
         (256, 1, _PAIR, 66, _WHOLE, 16, 1024),
+        (256, 1, _PAIR, 66, 2048, 32, 1024),
         (256, 1, _PAIR, 66, *_PIECES, 2048),
-        (256, 1, _PAIR, 33, _WHOLE, 16, 2048),
     ),
 }
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 8
+#define TPO_ABI_VERSION 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -135,9 +135,8 @@ enum TpoGemmSchedule {
   TPO_GEMM_PING_PONG_64X256_PAIR = 1, /* tpo_gemm alone */
   TPO_GEMM_128X128_PAIR = 2,
   TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3, /* not tpo_gemm, and so from here on */
-  TPO_GEMM_128X128_QUAD = 4,              /* all-reduce alone */
-  TPO_GEMM_128X128_ROW_TWO_STAGINGS = 5,  /* reduce-scatter alone */
-  TPO_GEMM_128X64_ROW_TWO_STAGINGS = 6    /* reduce-scatter alone */
+  TPO_GEMM_128X128_ROW_TWO_STAGINGS = 4,  /* reduce-scatter alone */
+  TPO_GEMM_128X64_ROW_TWO_STAGINGS = 5    /* reduce-scatter alone */
 };
 
 /* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */

@@ -30,7 +30,7 @@ DECODE_MIN_K = 256  # of a part: four stages
 # rows and columns of blocks in a cluster.
 _KERNELS_SM90 = ((128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1))
 KERNELS_SM90 = {
-    "gemm_all_reduce": (*_KERNELS_SM90, (128, 1, 2, 2)),
+    "gemm_all_reduce": _KERNELS_SM90,
     "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 1, 2), (64, 2, 1, 2)),
 }
 KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n")

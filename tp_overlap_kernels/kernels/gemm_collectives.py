@@ -19,11 +19,11 @@ _ANY = {  # by columns of a tile, staging buffers of a block, rows and columns o
     (128, 2, 2, 1): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
 }
 SCHEDULES = {
-    "gemm_all_reduce": _ANY | {(128, 1, 2, 2): gemm.Schedule(code=4, rows=256, cols=256, blocks=4, group_rows=8)},
+    "gemm_all_reduce": _ANY,
     "gemm_reduce_scatter": _ANY
     | {
-        (128, 2, 1, 2): gemm.Schedule(code=5, rows=128, cols=256, blocks=2, group_rows=8),
-        (64, 2, 1, 2): gemm.Schedule(code=6, rows=128, cols=128, blocks=2, group_rows=8),
+        (128, 2, 1, 2): gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8),
+        (64, 2, 1, 2): gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8),
     },
 }
 TILE_BYTES = {cols: 128 * cols * 2 for cols in (64, 128, 256)}  # of a block's tile, on its way between ranks

@@ -93,6 +93,10 @@ def run(
     json: Annotated[pathlib.Path | None, typer.Option("--json", help="Write results here, after every case.")] = None,
     budget_s: Budget = None,
     target_ms: Annotated[float, typer.Option("--target-ms", help="Time to spend on samples of one provider.")] = 60.0,
+    load_ms: Annotated[
+        float,
+        typer.Option("--load-ms", min=0, help="Sample each provider behind so much of its own load; 0: by turns."),
+    ] = 0.0,
     seed: Seed = 0,
     commit: Commit = None,
 ) -> None:
@@ -114,7 +118,7 @@ def run(
             json_path=json,
             budget_s=budget_s,
             seed=seed,
-            effort=Effort(target_ms, least=10) if known.topology.device_type == "cuda" else Effort(target_ms, 3, 20),
+            effort=Effort(target_ms, *((10, 50) if known.topology.device_type == "cuda" else (3, 20)), load_ms),
             command=command_line(),
             commit=commit,
         )

@@ -71,6 +71,8 @@ class Run:
             gbps, how = (None, "none: one rank") if world.world_size == 1 else link_gbps(world, self.clock)
         self.link_gbps = gbps
         described = describe_run(world, gbps, how, options.command, options.commit) if world.rank == 0 else {}
+        if described and options.effort.load_ms:
+            described["load_ms"] = options.effort.load_ms
         meta = described and described | {"store": options.store}
         self.results = Results(meta, options.json_path if world.rank == 0 else None)
         max_N = max(layer.N for layer in options.layers)

@@ -3,12 +3,14 @@
 One *sample* is a run of calls with rotating weights. Its time is taken between two events on the stream, after a kernel
 that blocks the stream while the host queues (so that no launch gap is measured) and a device-side barrier over the
 ranks (so that no rank waits for a late one). Providers take turns, sample by sample, so that a drift of clocks meets
-all of them alike. A collective takes as long as its slowest rank: the maximum over ranks is taken for each sample,
-then median, p10 and p90 over the samples.
+all of them alike. Or each has its samples in a row, behind some milliseconds of its own load: at the limit of power the
+clock of a GPU follows what a call takes, and in a model the same products go on for long. A collective takes as long as
+its slowest rank: the maximum over ranks is taken for each sample, then median, p10 and p90 over the samples.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -223,11 +225,13 @@ Clock = CudaClock | CpuClock
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one provider of one case."""
+    """How long to measure one provider of one case. load_ms: of its own load before its samples, one behind the other;
+    0: turns."""
 
     target_ms: float = 60.0
     least: int = 10
     most: int = 50
+    load_ms: float = 0.0
 
 
 @dataclass
@@ -261,18 +265,24 @@ def measure(turns: dict[str, Turn], clock: Clock, effort: Effort) -> Iterator[tu
     estimates = world.gather(
         {name: (turn.failure, turn.samples[-1:], turn.timed.calls) for name, turn in turns.items()}
     )
-    rounds = {}
+    rounds, under_load = {}, {}
     for name, turn in turns.items():
         seen = [each[name] for each in estimates]
         failed = any(failure for failure, _, _ in seen)
         slowest_us = max((us[0] * calls for _, us, calls in seen if us), default=0.0)
         rounds[name] = 0 if failed else rounds_for(slowest_us, effort.target_ms, effort.least, effort.most)
+        under_load[name] = math.ceil(effort.load_ms * 1e3 / max(slowest_us, 1.0))
         turn.samples.clear()
         turn.timed.host_us.clear()
-    for step in range(max(rounds.values(), default=0)):
-        for name, turn in turns.items():
-            if step < rounds[name] and turn.failure is None:
-                turn.sample(clock)
+    if effort.load_ms:
+        order = [name for name in turns if rounds[name] for _ in range(under_load[name] + rounds[name])]
+    else:
+        order = [name for step in range(max(rounds.values(), default=0)) for name in turns if step < rounds[name]]
+    for name in order:
+        if turns[name].failure is None:
+            turns[name].sample(clock)
+    for name, turn in turns.items():
+        del turn.samples[: under_load[name]], turn.timed.host_us[: under_load[name]]
     gathered = world.gather({name: (turn.failure, turn.samples, turn.timed.host_us) for name, turn in turns.items()})
     for name in turns:
         yield name, *_combine([each[name] for each in gathered])

@@ -26,3 +26,37 @@ def test_a_graph_keeps_what_its_calls_hold(monkeypatch):
     del timed
     gc.collect()
     assert held() is None
+
+
+class Counted:
+    """Says in `order` when it is sampled; a sample takes 20 us."""
+
+    calls, out = 10, torch.zeros(1)
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order, self.host_us = name, order, []
+
+    def queue(self):
+        self.order.append(self.name)
+        return lambda: 2.0
+
+
+def sampled(effort: timing.Effort) -> tuple[list[str], dict[str, timing.Times]]:
+    """The order of samples behind the first two of each, and the times."""
+    order: list[str] = []
+    clock = types.SimpleNamespace(idle=lambda: None, world=types.SimpleNamespace(gather=lambda value: [value]))
+    turns = {name: timing.Turn(Counted(name, order), contextlib.nullcontext, lambda: None) for name in "ab"}
+    times = {name: times for name, times, _ in timing.measure(turns, clock, effort)}
+    return order[4:], times
+
+
+def test_providers_take_turns():
+    order, times = sampled(timing.Effort(target_ms=0.1, least=1, most=9))
+    assert "".join(order) == "ab" * 5
+    assert times["a"].samples == times["b"].samples == 5
+
+
+def test_or_each_is_sampled_behind_its_own_load_which_is_not_counted():
+    order, times = sampled(timing.Effort(target_ms=0.1, least=1, most=9, load_ms=0.05))
+    assert "".join(order) == "a" * (3 + 5) + "b" * (3 + 5)
+    assert times["a"].samples == times["b"].samples == 5

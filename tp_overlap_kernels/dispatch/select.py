@@ -273,7 +273,7 @@ def _named(kernel: tuple[int, ...]) -> str:
 def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
     """The most rows of a call that the plan sm90 runs in one piece: those of a cluster a rank at a time. 0: none.
 
-    It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends within them. The sum of a tile
+    It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends in them. The sum of a tile
     of 256 columns has two flags.
     """
     rows, cols, blocks = cluster_of(plan)

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm(const __grid_constant__ 
       float sum[Shape::kFragment];
       multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
       const Tile tile = tile_of<Shape>(params.grid, tile_id, rank_in_cluster);
-      if (params.bias) add_bias<Element>(sum, params.bias, params.N, tile.col);
+      if (params.bias) add_bias<Element, Shape>(sum, params.bias, params.N, tile.col);
       store_tile<Element, Shape>(sum, params, memory, warpgroup - 1, tile.row + consumer.row_block * kRowsOfWarpgroup,
                                  tile.col);
     }

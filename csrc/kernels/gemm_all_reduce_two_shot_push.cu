@@ -57,16 +57,8 @@ __device__ __forceinline__ char* result_of(const Params& params, int at, int own
 }
 
 template <typename Shape>
-__device__ __forceinline__ int64_t* result_flag(const Params& params, int at, int owner, int tile, int part) {
-  const int number = owner * tiles_of_owner<Shape>(params) + tile;
-  return word_at(params.args, at, params.args.result_flags_offset, number * Shape::kLastParts + part);
-}
-
-// The boxes of a tile are counted here part by part; in each, as they lie: each row of boxes from left to right.
-template <typename Shape>
-__device__ __forceinline__ int box_at(int place) {
-  constexpr int kCols = Shape::kTileChunks / Shape::kLastParts, kBoxes = Shape::kTileBoxes / Shape::kLastParts;
-  return place % kBoxes / kCols * Shape::kTileChunks + place / kBoxes * kCols + place % kCols;
+__device__ __forceinline__ int64_t* result_flag(const Params& params, int at, int owner, int tile) {
+  return word_at(params.args, at, params.args.result_flags_offset, owner * tiles_of_owner<Shape>(params) + tile);
 }
 
 // ---- the courier ----------------------------------------------------------------------------------------------------
@@ -84,45 +76,17 @@ __device__ __forceinline__ void push_sum(Courier<Shape>& courier, const Params& 
   if (!courier.failed) courier.end_turn();
 }
 
-// The parts first .. end - 1.
 template <typename Shape>
-__device__ __forceinline__ void publish_sum(Courier<Shape>& courier, const Params& params, int tile, int first = 0,
-                                            int end = Shape::kLastParts) {
+__device__ __forceinline__ void publish_sum(Courier<Shape>& courier, const Params& params, int tile) {
   const TpoGemmCollectiveArgs& args = params.args;
   wait_stores_written<0>();
   order_with_tma();
   for (int turn = 1; turn < args.world_size && !courier.failed; ++turn) {
     const int peer = (args.rank + turn) % args.world_size;
-    for (int part = first; part < end; ++part) {
-      notify(result_flag<Shape>(params, peer, args.rank, tile, part), courier.word);
-    }
+    notify(result_flag<Shape>(params, peer, args.rank, tile), courier.word);
   }
   courier.trace.of(args.rank, tile);
   courier.trace.end(TPO_TRACE_PUBLISH);
-}
-
-// The last tile, part by part: a part goes while the next is computed. There is one peer, and the partial has been fetched.
-template <typename Shape>
-__device__ __forceinline__ void carry_parts(Courier<Shape>& courier, const Params& params, const Work& work) {
-  constexpr int kBoxes = Shape::kTileBoxes / Shape::kLastParts, kCols = Shape::kTileChunks / Shape::kLastParts;
-  const int rank = params.args.rank;
-  for (int part = 0; part < Shape::kLastParts; ++part) {
-    courier.await_staged(work, part);
-    if (!courier.failed) courier.begin_turn();
-    for (int place = part * kBoxes; place < (part + 1) * kBoxes; place += kCols) {
-      const int box = box_at<Shape>(place);
-      if (!courier.failed) {
-        courier.send_bytes(result_of<Shape>(params, 1 - rank, rank, work.tile), box * kChunkBytes, kCols * kChunkBytes,
-                           part == Shape::kLastParts - 1);
-      }
-      for (int col = 0; col < kCols; ++col) courier.store_sum_box(&params.out, work, box + col);
-    }
-    end_store_group();
-    wait_stores_read<0>();
-    if (!courier.failed) courier.end_turn();
-    courier.trace.end(TPO_TRACE_SEND);
-    publish_sum(courier, params, work.tile, part, part + 1);
-  }
 }
 
 // By one thread. Returns whether a wait has failed in this call.
@@ -144,12 +108,6 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
       if (Shape::kStagings == 1) {  // else the fetcher does
         if (!fetched) courier.fetch_partial(tile, 0);
         courier.fetch_other_partials(tile);
-      }
-      if constexpr (Shape::kLastParts > 1) {
-        if (is_parted(args, itinerary, work)) {
-          carry_parts(courier, params, work);
-          break;
-        }
       }
       courier.await_staged(work);
       push_sum(courier, params, work, itinerary.is_over());
@@ -183,30 +141,26 @@ struct Collector {
     return tile.col + box % Shape::kTileChunks * kBoxCols;
   }
 
-  // One part, by one lane. Boxes come while those before them go, as many as there is room for. What went before has been
-  // read.
-  __device__ __forceinline__ void copy(const char* from, const Tile& tile, int part) {
-    constexpr int kBoxes = Shape::kTileBoxes / Shape::kLastParts;
-    const int end = (part + 1) * kBoxes;
+  // By one lane. Boxes come while those before them go, as many as there is room for. What went before has been read.
+  __device__ __forceinline__ void copy(const char* from, const Tile& tile) {
     order_with_tma();
-    int next = inside(tile, part * kBoxes, end), on_their_way = 0;
-    for (int place = next; place < end; place = inside(tile, place + 1, end)) {
-      for (; on_their_way < Shape::kTransitBoxes && next < end; ++on_their_way) {
+    int next = inside(tile, 0), on_their_way = 0;
+    for (int box = next; box < Shape::kTileBoxes; box = inside(tile, box + 1)) {
+      for (; on_their_way < Shape::kTransitBoxes && next < Shape::kTileBoxes; ++on_their_way) {
         barrier_arrive_expecting(memory.landed(coming.slot), kChunkBytes);
-        load_bytes(memory.transit(coming.slot), from + box_at<Shape>(next) * kChunkBytes, kChunkBytes,
-                   memory.landed(coming.slot));
+        load_bytes(memory.transit(coming.slot), from + next * kChunkBytes, kChunkBytes, memory.landed(coming.slot));
         coming.advance();
-        next = inside(tile, next + 1, end);
+        next = inside(tile, next + 1);
       }
-      send_on(tile, box_at<Shape>(place));
+      send_on(tile, box);
       --on_their_way;
     }
   }
 
-  // This place, or the first behind it, whose box has something of out.
-  __device__ __forceinline__ int inside(const Tile& tile, int place, int end) const {
-    while (place < end && !is_inside(tile, box_at<Shape>(place))) ++place;
-    return place;
+  // This box, or the first behind it, that has something of out.
+  __device__ __forceinline__ int inside(const Tile& tile, int box) const {
+    while (box < Shape::kTileBoxes && !is_inside(tile, box)) ++box;
+    return box;
   }
 
   // Its place may be loaded into afterwards.
@@ -256,14 +210,14 @@ __device__ __forceinline__ bool collect_tiles(const Params& params, const Collec
     const int tile = i / peers;
     Work work;
     if (!params.owners.find<Shape>(peer, tile / Shape::kCluster, tile % Shape::kCluster, &work)) continue;
-    for (int part = 0; part < Shape::kLastParts && threadIdx.x % 32 == 0 && !failed; ++part) {
+    if (threadIdx.x % 32 == 0 && !failed) {
       const Waiter who{kOpAllReduce, args.rank, peer, peer * tiles_of_owner<Shape>(params) + tile, word, 0};
       const int64_t* header = header_of(args, args.rank, peer, word >> 16);
-      failed = wait(result_flag<Shape>(params, args.rank, peer, tile, part), header, who, args.control, args.record,
+      failed = wait(result_flag<Shape>(params, args.rank, peer, tile), header, who, args.control, args.record,
                     args.timeout_ns) != kOk;
       trace.of(peer, tile);
       trace.end(TPO_TRACE_AWAIT_SUM);
-      if (!failed) collector.copy(result_of<Shape>(params, args.rank, peer, tile), work.in_sum, part);
+      if (!failed) collector.copy(result_of<Shape>(params, args.rank, peer, tile), work.in_sum);
       trace.end(TPO_TRACE_COPY);
     }
     failed = __shfl_sync(0xffffffffu, failed, 0);
@@ -330,8 +284,8 @@ struct Host {
   static cudaError_t prepare() { return allow_shared<Shape>(gemm_all_reduce_two_shot_push<Element, Shape>); }
 };
 
-// By TpoGemmSchedule. Columns, rows and columns of a cluster, stages, stagings, boxes in transit, parts of a last tile.
-constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 2, 1, 3, 1, 2, 2>>(),
+// By TpoGemmSchedule. Columns, rows and columns of a cluster, stages, stagings, boxes in transit.
+constexpr CollectiveVariant kVariants[] = {variant<Host, CollectiveShape<256, 2, 1, 3, 1, 2>>(),
                                            {},
                                            variant<Host, CollectiveShape<128, 2, 1, 5, 1, 4>>(),
                                            variant<Host, CollectiveShape<128, 2, 1, 4, 2, 2>>()};

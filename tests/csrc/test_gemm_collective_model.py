@@ -33,10 +33,10 @@ class Rank:
     """Words and memory of one rank's arena, and its control words."""
 
     partial_flags: dict = dataclasses.field(default_factory=dict)  # (tile, source) -> epoch
-    result_flags: dict = dataclasses.field(default_factory=dict)  # (owner, tile, part) -> epoch
+    result_flags: dict = dataclasses.field(default_factory=dict)  # (owner, tile) -> epoch
     done: dict = dataclasses.field(default_factory=dict)  # source -> epoch
     staging: dict = dataclasses.field(default_factory=dict)  # (source, tile) -> what
-    result: dict = dataclasses.field(default_factory=dict)  # (owner, tile, part) -> what
+    result: dict = dataclasses.field(default_factory=dict)  # (owner, tile) -> what
     epoch: int = 0
     staged: int = 0
     left: int = 0
@@ -117,7 +117,6 @@ class Call:
     stagings: int
     blocks: list[int]  # of each rank
     senders: int = 0
-    parts: int = 1  # of a block's last tile, if that is its own
 
 
 def is_over(phase: int, ended: int) -> bool:
@@ -135,7 +134,7 @@ class Block:
         self.epoch = self.me.epoch + 1
         self.staging = [None] * call.stagings  # shared memory
         self.staged, self.arrived, self.free, self.partial = ([0] * call.stagings for _ in range(4))
-        self.taken = self.takes = self.staged_second = 0
+        self.taken = self.takes = 0
         self.group: list = []  # of the courier's stores
 
     def itinerary(self):
@@ -148,17 +147,6 @@ class Block:
                 yield owner, tile, found % self.call.stagings, found // self.call.stagings
                 found += 1
 
-    def is_parted(self, work) -> bool:
-        last = self.world * self.call.run - 1
-        is_last = max(range(self.index, last + 1, self.blocks)) == self.step_of(work)
-        return self.call.parts > 1 and self.world == 2 and work[0] == self.rank and is_last
-
-    def step_of(self, work) -> int:
-        wanted = ((work[0] - self.rank) % self.world or self.world, work[1])
-        steps = range(self.index, self.world * self.call.run, self.blocks)
-        of = (turn_of(step, self.call.run, self.world, self.call.lead, self.blocks) for step in steps)
-        return steps[list(of).index(wanted)]
-
     def peers(self):
         return [(self.rank + turn) % self.world for turn in range(1, self.world)]
 
@@ -169,27 +157,10 @@ class Block:
 
     def compute(self):
         partials = [0] * self.call.stagings
-        for work in self.itinerary():
-            owner, tile, buffer, use = work
+        for owner, tile, buffer, use in self.itinerary():
             yield None  # products
             if self.machine.error != "staging not waited for":
                 yield lambda: is_over(use, self.free[buffer])  # noqa: B023  evaluated before the next turn of the loop
-            if self.is_parted(work):
-                partials[buffer] += 1
-                yield lambda: is_over(partials[buffer], self.partial[buffer])  # noqa: B023
-                wanted = self.what("partial", 1 - self.rank, owner, tile)
-                columns = dict.fromkeys(range(self.call.parts), self.staging[buffer])
-                self.staging[buffer] = columns
-                for part in range(self.call.parts):
-                    for _ in range(part * self.machine.random.choice((1, 30))):
-                        yield None  # its products
-                    if columns[part] != wanted:
-                        raise Wrong(f"added {columns[part]} for {wanted}")
-                    columns[part] = self.what("sum", owner, owner, tile)
-                    if part == 0 or self.machine.error == "one barrier for both parts":
-                        self.arrive_staged(buffer)
-                    self.staged_second += part
-                continue
             if owner != self.rank:
                 self.staging[buffer] = self.what("partial", self.rank, owner, tile)
             else:
@@ -280,9 +251,6 @@ class Block:
                 if fetched != work:
                     yield from self.fetch(buffer, tile, 0)
                 yield from self.fetch_others(buffer, tile)
-            if self.is_parted(work):
-                yield from self.carry_parts(tile, buffer, use)
-                continue
             yield lambda: is_over(use + 1, self.staged[buffer])  # noqa: B023
             if self.staging[buffer] != self.what("sum", owner, owner, tile):
                 raise Wrong(f"stored {self.staging[buffer]}")
@@ -293,8 +261,7 @@ class Block:
                 continue
             yield from self.begin_turn()
             for peer in self.peers():
-                for part in range(self.call.parts):
-                    self.store(buffer, self.machine.ranks[peer].result, (self.rank, tile, part))
+                self.store(buffer, self.machine.ranks[peer].result, (self.rank, tile))
             yield self.read
             self.free[buffer] += 1
             self.end_turn()
@@ -304,28 +271,9 @@ class Block:
             if error != "flag when read":
                 yield self.written
             for peer in self.peers():
-                for part in range(self.call.parts):
-                    self.machine.ranks[peer].result_flags[self.rank, tile, part] = self.epoch
+                self.machine.ranks[peer].result_flags[self.rank, tile] = self.epoch
         if self.call.op == "scatter":
             yield from self.leave()
-
-    def carry_parts(self, tile: int, buffer: int, use: int):
-        peer = self.machine.ranks[1 - self.rank]
-        for part in range(self.call.parts):
-            if part == 0 or self.machine.error == "one barrier for both parts":
-                yield lambda: is_over(use + 1 + part, self.staged[buffer])  # noqa: B023
-            elif self.machine.error != "second part not waited for":
-                yield lambda: is_over(1, self.staged_second)
-            yield from self.begin_turn()
-            columns = self.staging[buffer]
-            read = lambda columns=columns, part=part: columns[part]
-            write = lambda value, part=part: peer.result.__setitem__((self.rank, tile, part), value)
-            self.machine.copy(read, write, self.group)
-            yield self.read
-            self.end_turn()
-            yield self.written
-            for raised in range(self.call.parts) if self.machine.error == "one flag for both parts" else (part,):
-                peer.result_flags[self.rank, tile, raised] = self.epoch
 
     def has_come(self, tile: int) -> bool:
         return self.me.partial_flags.get((tile, int(self.rank == 0)), 0) >= self.epoch
@@ -355,14 +303,13 @@ class Block:
             owner, tile = (self.rank + 1 + i % (self.world - 1)) % self.world, i // (self.world - 1)
             if tile >= self.call.tiles[owner]:
                 continue
-            for place in ((owner, tile, part) for part in range(self.call.parts)):
-                if self.machine.error != "sums not waited for":
-                    yield lambda: self.me.result_flags.get(place, 0) >= self.epoch  # noqa: B023
-                found, group = [], []
-                self.machine.copy(lambda: self.me.result.get(place), found.append, group)  # noqa: B023
-                yield lambda: group[0][1]  # noqa: B023
-                if found != [self.what("sum", owner, owner, tile)]:
-                    raise Wrong(f"took {found} for the sum of {owner}, tile {tile}, call {self.epoch}")
+            if self.machine.error != "sums not waited for":
+                yield lambda: self.me.result_flags.get((owner, tile), 0) >= self.epoch  # noqa: B023
+            found, group = [], []
+            self.machine.copy(lambda: self.me.result.get((owner, tile)), found.append, group)  # noqa: B023
+            yield lambda: group[0][1]  # noqa: B023
+            if found != [self.what("sum", owner, owner, tile)]:
+                raise Wrong(f"took {found} for the sum of {owner}, tile {tile}, call {self.epoch}")
 
 
 def calls_of(machine: Machine, rank: int, calls: list[Call]):
@@ -397,9 +344,7 @@ def play(world: int, seed: int, error: str = "", stagings: tuple[int, ...] = (1,
         last = draw.choice((1, run, world * run, world * run))  # the whole has so many
         tiles = [max(least, min(run, last - rank * run)) for rank in range(world)]
         lead, blocks = draw.choice((0, 1, 2, 4)), [draw.choice((1, 2, 3, 16)) for _ in range(world)]
-        buffers = draw.choice(stagings)
-        parts = draw.choice((1, 2)) if op == "sum" and buffers == 1 else 1
-        calls.append(Call(op, run, tiles, lead, buffers, blocks, draw.choice((0, 1, 3)), parts))
+        calls.append(Call(op, run, tiles, lead, draw.choice(stagings), blocks, draw.choice((0, 1, 3))))
     machine.run([calls_of(machine, rank, calls) for rank in range(world)])
     assert all(rank.turns_begun == rank.turns_ended for rank in machine.ranks)
 
@@ -451,9 +396,6 @@ def test_nobody_reads_too_early_or_waits_for_ever(world, stagings):
         ("partials not waited for", 3, 1),
         ("partials not waited for", 3, 2),
         ("turn not ended", 2, 1),
-        ("second part not waited for", 2, 1),
-        ("one barrier for both parts", 2, 1),
-        ("one flag for both parts", 2, 1),
     ],
 )
 def test_a_planted_error_is_found(error, world, stagings):

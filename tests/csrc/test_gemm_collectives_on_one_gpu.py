@@ -193,10 +193,9 @@ def test_a_late_rank_is_waited_for(late):
 
 @pytest.mark.parametrize(("op", "cut"), KERNELS)
 def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
-    """Steps of a thread in order, and as many products as there are tiles of a cluster of two or parts of it."""
+    """The order of steps within a thread, and as many products as there are tiles of a cluster of two."""
     group, case = Group(2), Case(1024, 512, 640, BF16, 2, "traced")
     room, blocks = 64, group.blocks
-    tiles, parts = 1024 * 512 // (128 * cut[0]), 2 if (op, cut[0]) == (SUM, 256) else 1  # of a block's last tile
     shape = (blocks, len(TRACE_ROLES), room, TRACE_WORDS)
     traces = [torch.zeros(shape, dtype=torch.int32, device="cuda") for _ in range(2)]
     for member, trace in zip(group.ranks, traces, strict=True):
@@ -205,13 +204,13 @@ def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
     for trace in traces:
         intervals = intervals_of(trace)
         multiplied = [(each.owner, each.tile) for each in intervals if each.step == "multiply"]
-        assert len(set(multiplied)) == tiles and (len(multiplied) == tiles) == (parts == 1)
+        assert len(set(multiplied)) == len(multiplied) == 1024 * 512 // (128 * cut[0])
         for role in TRACE_ROLES:
             for block in range(blocks):
                 some = [each for each in intervals if (each.block, each.role) == (block, role)]
                 assert all(one.begin_ns <= one.end_ns == two.begin_ns for one, two in itertools.pairwise(some))
         if op == SUM:
-            assert sum(each.step == "copy" for each in intervals) == parts * tiles // 2
+            assert sum(each.step == "copy" for each in intervals) == len(multiplied) // 2
 
 
 def run_alone(group: Group, op: str, cut: tuple[int, ...], call_hashes: dict[int, int]) -> list[torch.Tensor]:

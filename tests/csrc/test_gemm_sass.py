@@ -41,12 +41,6 @@ def consumers(code: list[str]) -> list[str]:
     return code[start:other] if start < other else code[start:]
 
 
-def parts(name: str) -> int:
-    """Of a block's last tile, by the name of the kernel."""
-    found = re.search(r"15CollectiveShapeI\w*Li(\d)ELb[01]E", name)
-    return int(found.group(1)) if found else 1
-
-
 def test_products_are_not_serialised_and_registers_move_between_warps(compiled):
     _, report, _ = compiled
     assert "C7510" not in report and "C7508" not in report  # ptxas: wgmma serialised; setmaxnreg ignored
@@ -70,13 +64,11 @@ def test_nothing_spills_and_the_launch_has_its_registers(compiled):
 
 def test_a_stage_is_four_products_in_a_row(compiled):
     kernels, _, _ = compiled
-    for name, code in kernels.items():
-        products = places(code, "HGMMA")
-        # 64 elements of K, 16 a product; the loop over stages is not unrolled, and parts have one of their own
-        assert len(products) == 4 * min(2, parts(name))
-        for first, last in zip(products[::4], products[3::4], strict=True):
-            assert last - first < 28  # nothing but addresses in between
-            assert not places(code[first:last], "WARPGROUP|SYNCS|BAR")
+    for code in kernels.values():
+        first, *rest = products = places(code, "HGMMA")
+        assert len(products) == 4  # 64 elements of K, 16 a product; the loop over stages is not unrolled
+        assert rest[-1] - first < 28  # nothing but addresses in between
+        assert not places(code[first : rest[-1]], "WARPGROUP|SYNCS|BAR")
 
 
 def test_no_fence_waits_for_memory_in_the_mainloop(compiled):
@@ -94,9 +86,8 @@ def test_the_copy_engine_moves_all_data_and_a_cluster_shares_it(compiled):
         if name in traced:
             continue
         down, across = re.search(r"ShapeILi\d+E(?:Li[12]E)?Li([12])ELi([12])ELi\dELi\dE", name).groups()
-        loops = min(2, parts(name))  # of loads: of tiles, and of halves, of which the blocks of a cluster are rows
-        assert len(places(code, "UTMALDG.2D.MULTICAST")) == loops * ((down == "2") + (across == "2"))
-        assert len(places(code, "UTMALDG.2D")) == 2 * loops
+        assert len(places(code, "UTMALDG.2D.MULTICAST")) == (down == "2") + (across == "2")
+        assert len(places(code, "UTMALDG.2D")) == 2
         assert places(code, "UTMASTG.2D")
         stores = [code[i] for i in places(code, r"STG?\.E")]
         assert bool(stores) == (file in COLLECTIVES)
@@ -113,9 +104,8 @@ def entries(request) -> list[str]:
 @pytest.fixture
 def programs(entries) -> list[list[str]]:
     """Those of tiles of 128 and 256 columns, bf16, by lines without labels and declarations."""
-    found = [
-        entry for entry in entries if re.search(r"Bf16ENS_15CollectiveShapeILi(?:128|256)E\w*Lb0E", entry.split("(")[0])
-    ]
+    shape = r"Bf16ENS_15CollectiveShapeILi(?:128|256)E\w*Lb0E"
+    found = [entry for entry in entries if re.search(shape, entry.split("(")[0])]
     assert len(found) >= 3
     return [[line.strip() for line in entry.splitlines() if line.strip().endswith(";")] for entry in found]
 

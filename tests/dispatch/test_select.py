@@ -308,11 +308,13 @@ def test_a_forced_plan_is_taken_over_table_and_rule():
     ("problem", "given", "expected"),
     [
         (gemm(AR, 4096, K=2048), "", (128, 66, 1, 24)),
-        (gemm(AR, 8192, K=2048), "", (256, 66, 1, 16)),
+        (gemm(AR, 8192, K=2048), "", (128, 66, 1, 24)),
+        (gemm(AR, 4096, K=4096), "", (256, 66, 1, 32)),
+        (gemm(AR, 2048, K=4096), "", (128, 66, 1, 24)),
         (gemm(RS, 4096, K=2048), "", (128, 66, 2, 24)),
-        (gemm(RS, 4096, K=4096), "", (256, 66, 1, 16)),
+        (gemm(RS, 4096, K=4096), "", (256, 66, 1, 32)),
         (gemm(RS, 512, K=4096), "", (128, 66, 2, 24)),
-        (gemm(RS, 4096, K=2048), ":block_n=256", (256, 66, 1, 16)),
+        (gemm(RS, 4096, K=2048), ":block_n=256", (256, 66, 1, 32)),
         (gemm(RS, 4096, K=4096), ":block_n=128", (128, 66, 2, 24)),
         (gemm(AR, 1024, world_size=4), "", (128, 22, 1, 24)),
         (gemm(RS, 99, world_size=8), "", (128, 10, 2, 24)),
@@ -321,7 +323,7 @@ def test_a_forced_plan_is_taken_over_table_and_rule():
 def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, given, expected):
     plan = select(problem, h200(problem.world_size), forced="sm90" + given)
     assert (plan["block_n"], plan["lead"], plan["stagings"], plan["senders"]) == expected
-    assert (plan["group_m"], plan["piece"]) == (8, 65536)
+    assert (plan["group_m"], plan["piece"]) == (8, 2048 if plan["block_n"] == 256 else 65536)
     whole = f"sm90:block_n={plan['block_n']},stagings={plan['stagings']}"
     assert plan == select(problem, h200(problem.world_size), forced=whole)  # and so has the same call hash
 

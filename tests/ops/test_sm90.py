@@ -157,7 +157,7 @@ def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_
 
 @pytest.mark.parametrize(
     ("staged", "slots", "pairs"),
-    [(100, 800, 50), (7, 800, 3), (100, 62, 3), (1, 800, 0)],
+    [(100, 400, 50), (7, 400, 3), (100, 31, 3), (1, 400, 0)],
     ids=["all", "staging", "flags of four ranks", "not one pair"],
 )
 def test_each_part_of_the_arena_may_be_what_limits(staged, slots, pairs):

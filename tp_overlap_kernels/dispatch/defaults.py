@@ -34,15 +34,18 @@ KERNELS_SM90 = {
     "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 1, 2), (64, 2, 1, 2)),
 }
 KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n")
-# Tiles of each peer before the first own one: one wave of 66 pairs of blocks. So many blocks send whole tiles at a time
-# as fill the link: with fewer it runs dry (12 of 128 columns: half as fast), with more their tiles all come late.
-SM90 = {"group_m": 8, "lead": 66, "piece": 65536, "cluster_m": 2, "cluster_n": 1}
-SENDERS_SM90 = {64: 48, 128: 24, 256: 16}
+# Tiles of each peer before the first own one: one wave of 66 pairs of blocks. So many blocks send at a time as fill the
+# link: with fewer it runs dry (12 of 128 columns: half as fast), with more their tiles all come late. Wide tiles, whose
+# products are long, go in pieces: behind a whole one the loads of the next product would wait.
+SM90 = {"group_m": 8, "lead": 66, "cluster_m": 2, "cluster_n": 1}
+SENDERS_SM90 = {64: 48, 128: 24, 256: 32}
+PIECE_SM90 = {64: 65536, 128: 65536, 256: 2048}
 # Tiles of 256 columns from so many elements of the sum on: they leave the last wave emptier, and a partial is later by
-# as much as its product takes longer. A reduce-scatter's block pushes while the next product goes on, a second buffer
-# between them; where the products are long, wide tiles hide as much. N=8192 K=4096: RS M=1024 104 us against 109.
-SM90_WIDE_MIN_ELEMENTS = {"gemm_all_reduce": 8192 * 8192, "gemm_reduce_scatter": 1024 * 8192}
-SM90_WIDE_MIN_K = {"gemm_all_reduce": 0, "gemm_reduce_scatter": 3072}
+# as much as its product takes longer; but they take less power, at whose limit long products run. A reduce-scatter's
+# block pushes while the next product goes on, a second buffer between them; where products are long, wide tiles hide as
+# much. N=8192 K=4096: RS M=1024 104 us against 109; AR M=4096, under load, 467 against 514.
+SM90_WIDE_MIN_ELEMENTS = {"gemm_all_reduce": 4096 * 8192, "gemm_reduce_scatter": 1024 * 8192}
+SM90_WIDE_MIN_K = 3072
 SM90_STAGINGS = {"gemm_all_reduce": 1, "gemm_reduce_scatter": 2}  # of narrower tiles
 
 # Two chunks each for the peer's and the own rows: the best of 1, 2 and 4 nearly everywhere.
@@ -92,9 +95,9 @@ def _decode(problem: Problem) -> dict[str, int]:
 
 def _sm90(problem: Problem, block_n: int | None) -> dict[str, int]:
     op = problem.op
-    wide = problem.M * problem.N >= SM90_WIDE_MIN_ELEMENTS[op] and problem.K >= SM90_WIDE_MIN_K[op]
+    wide = problem.M * problem.N >= SM90_WIDE_MIN_ELEMENTS[op] and problem.K >= SM90_WIDE_MIN_K
     block_n = block_n or (256 if wide else 128)
     stagings = SM90_STAGINGS[op] if block_n < 256 else 1
     lead = -(-SM90["lead"] // (problem.world_size - 1))
-    senders = SENDERS_SM90.get(block_n, 0)
-    return SM90 | {"block_n": block_n, "stagings": stagings, "lead": lead, "senders": senders}
+    turns = {"senders": SENDERS_SM90.get(block_n, 0), "piece": PIECE_SM90.get(block_n, 65536)}
+    return SM90 | {"block_n": block_n, "stagings": stagings, "lead": lead} | turns

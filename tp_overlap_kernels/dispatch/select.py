@@ -273,12 +273,10 @@ def _named(kernel: tuple[int, ...]) -> str:
 def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
     """The most rows of a call that the plan sm90 runs in one piece: those of a cluster a rank at a time. 0: none.
 
-    It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends in them. The sum of a tile
-    of 256 columns has two flags.
+    It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends within them.
     """
     rows, cols, blocks = cluster_of(plan)
-    slots = topology.tile_slots // (2 if plan["block_n"] == 256 else 1)
-    tiles = min(topology.staged_bytes // (128 * plan["block_n"] * 2), slots // topology.world_size)
+    tiles = min(topology.staged_bytes // (128 * plan["block_n"] * 2), topology.tile_slots // topology.world_size)
     return topology.world_size * rows * (tiles // blocks // -(-N // cols))
 
 

@@ -150,26 +150,6 @@ __device__ __forceinline__ void load_tile(const BlockMemory<Shape>& memory, Ring
   }
 }
 
-// The same of half the columns: the blocks of a cluster load the rows of b in turn, each for all of them.
-template <typename Shape>
-__device__ __forceinline__ void load_half_tile(const BlockMemory<Shape>& memory, RingPosition<Shape::kStages>& ring,
-                                               const CUtensorMap* a, const CUtensorMap* b, int row_a, int row_b,
-                                               int k_blocks, uint32_t rank_in_cluster) {
-  static_assert(Shape::kClusterRows == 2 && Shape::kClusterCols == 1);
-  const PlaceInCluster<Shape> place(rank_in_cluster);
-#pragma unroll 1
-  for (int k = 0; k < k_blocks; ++k) {
-    const uint32_t full = memory.full(ring.slot);
-    barrier_wait(memory.empty(ring.slot), ring.parity ^ 1);
-    barrier_arrive_expecting(full, Shape::kABytes + Shape::kBBytes / 2);
-    load_box(memory.a(ring.slot), a, row_a, k * kTileK, full);
-    if (k % 2 == place.row) {
-      load_box_to_cluster(memory.b(ring.slot), b, row_b, k * kTileK, full, place.with_these_cols());
-    }
-    ring.advance();
-  }
-}
-
 // This warp reads the stage no more: told to every block that may write into it, by a lane each. sharer: of this lane.
 template <typename Shape>
 __device__ __forceinline__ void release_stage(const BlockMemory<Shape>& memory, uint32_t stage, uint32_t sharer) {
@@ -194,10 +174,10 @@ struct Consumer {
   }
 };
 
-// The product of the team's next tile, or of half of it, 64 rows. Two groups of products are in flight, so that the tensor
-// cores have the next one when one ends; a stage is released one later.
-template <typename Element, typename Shape, int kFragment>
-__device__ __forceinline__ void multiply_tile(float (&sum)[kFragment], const BlockMemory<Shape>& memory,
+// The product of the team's next tile, 64 rows of it. Two groups of products are in flight, so that the tensor cores
+// have the next one when one ends; a stage is released one later.
+template <typename Element, typename Shape>
+__device__ __forceinline__ void multiply_tile(float (&sum)[Shape::kFragment], const BlockMemory<Shape>& memory,
                                               Consumer<Shape>& consumer, int k_blocks) {
   RingPosition<Shape::kStages>& ring = consumer.ring;
   const uint32_t own_rows = consumer.row_block * kRowsOfWarpgroup * kBoxRowBytes;

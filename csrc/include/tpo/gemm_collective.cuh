@@ -10,9 +10,6 @@
 // The courier is one thread of the producer warpgroup: the copy engine tells its stores' end only to the thread that gave
 // them. Consumers never wait for the link, unless it is slower than the products of kStagings whole tiles, nor for a flag,
 // unless it is late by as much.
-// A block's last tile, where it is an own one of an all-reduce, may come in two parts, each half of its columns: one part is
-// computed while the other travels, and less is on the link when nothing is left to compute. Between two ranks alone: of
-// several partials one would have to be fetched for each part again.
 // With two buffers another thread, the fetcher, fetches the partials. Else they would come after the push of the tile before,
 // for which the courier waits, and consumers, who then wait for a partial, would gain nothing by the second buffer.
 // The copy engine takes a block's loads and stores one after the other, and stores to a peer as fast as the link takes them:
@@ -26,13 +23,11 @@
 // Staging, barrier by barrier, each buffer with its own but for `taken`, since partials are fetched one after the other
 // (each wait is for the present phase or the one before, as parities need):
 //   free     courier -> consumers, fetcher: the tile has been read from the buffer, the next may be written. One phase a tile.
-//            The second part of a last tile needs none: it is written where only the partial of those columns was.
 //   partial  courier or fetcher, and copy engine -> consumers: one partial lies in the buffer. It is fetched after the tile
 //            before has been read from there: the courier has itself seen that, the fetcher waits for `free`.
 //   taken    consumers -> courier or fetcher: that partial has been added, and another follows.
 //   staged   consumers -> courier: the tile, or the sum, lies in the buffer. The fetcher arrives, too, for every tile, once
-//            it has seen the buffer free: no phase of `free` can then pass it by. The second part of a last tile has a
-//            barrier of its own: the consumers wait for nobody before it, and its phase could pass the courier by.
+//            it has seen the buffer free: no phase of `free` can then pass it by.
 // A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
 // peers fail, too, and at its end it fills all of out with NaN.
 #pragma once
@@ -55,7 +50,7 @@ constexpr int kCollectiveProducerRegisters = 56;
 constexpr int kCollectiveConsumerRegisters = 224;
 
 template <int kTileN_, int kClusterRows_, int kClusterCols_, int kStages_, int kStagings_, int kTransitBoxes_,
-          int kLastParts_ = 1, bool kTraced_ = false>
+          bool kTraced_ = false>
 struct CollectiveShape : GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kStages_, kTileN_ / kBoxCols> {
   using Gemm = GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kStages_, kTileN_ / kBoxCols>;
   static constexpr int kStagings = kStagings_;  // buffers of one tile each
@@ -63,17 +58,14 @@ struct CollectiveShape : GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kSt
   static constexpr uint32_t kStagingBytes = kStagings * kTileBytes;
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
-  static constexpr int kLastParts = kLastParts_;        // of a block's last tile
   static constexpr bool kTraced = kTraced_;
-  using Traced =
-      CollectiveShape<kTileN_, kClusterRows_, kClusterCols_, kStages_, kStagings_, kTransitBoxes_, kLastParts_, true>;
+  using Traced = CollectiveShape<kTileN_, kClusterRows_, kClusterCols_, kStages_, kStagings_, kTransitBoxes_, true>;
   static constexpr uint32_t kTransitOffset =
       (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
-  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (5 + 3 * kStagings + kTransitBoxes) * 8;
+  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (4 + 3 * kStagings + kTransitBoxes) * 8;
   static_assert(kSharedBytes <= 227 * 1024);
   static_assert(kStagings == 1 || kStagings == 2);
-  static_assert(kLastParts == 1 || (kLastParts == 2 && kStagings == 1 && kClusterRows_ == 2 && kClusterCols_ == 1));
 };
 
 template <typename Shape>
@@ -89,8 +81,7 @@ struct CollectiveMemory : BlockMemory<Shape> {
   __device__ uint32_t begun() const { return word(kOthers + 1); }  // its only phase ends when the next two are right
   __device__ uint32_t epoch() const { return word(kOthers + 2); }
   __device__ uint32_t failed() const { return word(kOthers + 3); }
-  __device__ uint32_t staged_second() const { return word(kOthers + 4); }
-  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 5 + box); }
+  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 4 + box); }
 
  private:
   static constexpr uint32_t kOthers = 3 * Shape::kStagings;
@@ -108,7 +99,6 @@ __device__ __forceinline__ void init_collective_barriers(const CollectiveMemory<
     barrier_init(memory.partial(buffer), 1);
   }
   barrier_init(memory.taken(), kConsumerWarps);
-  barrier_init(memory.staged_second(), kConsumerWarps);
   barrier_init(memory.begun(), 1);
   for (int box = 0; box < Shape::kTransitBoxes; ++box) barrier_init(memory.landed(box), 1);
   put_shared(memory.failed(), 0);
@@ -244,9 +234,8 @@ struct Courier {
     }
   }
 
-  // part: 1 for the second of a last tile.
-  __device__ __forceinline__ void await_staged(const Work& work, uint32_t part = 0) {
-    barrier_wait(part == 0 ? memory.staged(buffer.slot) : memory.staged_second(), part == 0 ? buffer.parity : 0);
+  __device__ __forceinline__ void await_staged(const Work& work) {
+    barrier_wait(memory.staged(buffer.slot), buffer.parity);
     if (Shape::kStagings == 2) failed = failed || get_shared(memory.failed()) != 0;  // in a wait of the fetcher
     trace.of(work.owner, work.tile);
     trace.end(TPO_TRACE_AWAIT_TILE);
@@ -276,12 +265,10 @@ struct Courier {
   }
 
   // The tile in the buffer to a peer's memory. last: the block computes no other.
-  __device__ __forceinline__ void send_tile(char* to, bool last) { send_bytes(to, 0, Shape::kTileBytes, last); }
-
-  __device__ __forceinline__ void send_bytes(char* to, uint32_t first, uint32_t bytes, bool last) {
-    const uint32_t piece = last ? bytes : args.piece_bytes;
-    for (uint32_t sent = 0; sent < bytes; sent += piece) {
-      store_bytes(to + first + sent, memory.tile(buffer.slot) + first + sent, min(piece, bytes - sent));
+  __device__ __forceinline__ void send_tile(char* to, bool last) {
+    const uint32_t piece = last ? Shape::kTileBytes : args.piece_bytes;
+    for (uint32_t sent = 0; sent < Shape::kTileBytes; sent += piece) {
+      store_bytes(to + sent, memory.tile(buffer.slot) + sent, min(piece, Shape::kTileBytes - sent));
       end_store_group();
       wait_stores_written<1>();
     }
@@ -311,12 +298,10 @@ struct Courier {
   // The sum of an own tile to out.
   __device__ __forceinline__ void store_sum(const CUtensorMap* out, const Work& work) {
 #pragma unroll
-    for (int box = 0; box < Shape::kTileBoxes; ++box) store_sum_box(out, work, box);
-  }
-
-  __device__ __forceinline__ void store_sum_box(const CUtensorMap* out, const Work& work, int box) {
-    store_box(out, work.in_sum.row + box / Shape::kTileChunks * kRowsOfWarpgroup,
-              work.in_sum.col + box % Shape::kTileChunks * kBoxCols, memory.tile(buffer.slot) + box * kChunkBytes);
+    for (int box = 0; box < Shape::kTileBoxes; ++box) {
+      store_box(out, work.in_sum.row + box / Shape::kTileChunks * kRowsOfWarpgroup,
+                work.in_sum.col + box % Shape::kTileChunks * kBoxCols, memory.tile(buffer.slot) + box * kChunkBytes);
+    }
   }
 
   // End a call that gives peers no other sign that its loads of staging are over: the last block raises `done`. From a
@@ -372,15 +357,13 @@ struct Epilogue {
     trace.end(TPO_TRACE_AWAIT_STAGING);
   }
 
-  // part: which of a last tile, else 0.
-  template <int kFragment>
-  __device__ __forceinline__ void hand_over(const float (&sum)[kFragment], int part = 0) {
+  __device__ __forceinline__ void hand_over(const float (&sum)[Shape::kFragment]) {
 #pragma unroll
-    for (int chunk = 0; chunk < kFragment / 32; ++chunk) {
-      stage_chunk<Element>(sum, chunk, box(kFragment / 32 * part + chunk));
+    for (int chunk = 0; chunk < Shape::kTileChunks; ++chunk) {
+      stage_chunk<Element>(sum, chunk, box(chunk));
     }
     publish_to_tma();
-    arrive(part == 0 ? memory.staged(buffer) : memory.staged_second());
+    arrive(memory.staged(buffer));
     if constexpr (Shape::kStagings == 2) {
       buffer ^= 1;
       const uint32_t parity = partial_parities[1];
@@ -407,29 +390,10 @@ struct Epilogue {
       if (place < world_size - 2) arrive(memory.taken());
       trace.end(TPO_TRACE_ADD);
     }
-    if (failed) fill_with_nan(sum);
-  }
-
-  // A part of the only partial, which is waited for with the first part.
-  template <int kFragment>
-  __device__ __forceinline__ void add_part_of_partial(float (&sum)[kFragment], int part) {
-    if (part == 0) barrier_wait(memory.partial(buffer), partial_parities[0]);
-    trace.end(TPO_TRACE_AWAIT_PARTIAL);
-    if (get_shared(memory.failed()) != 0) {
-      fill_with_nan(sum);
-    } else {
+    if (failed) {
 #pragma unroll
-      for (int chunk = 0; chunk < kFragment / 32; ++chunk) {
-        add_chunk<Element>(sum, chunk, box(kFragment / 32 * part + chunk));
-      }
+      for (int i = 0; i < Shape::kFragment; ++i) sum[i] = __int_as_float(0x7fffffff);
     }
-    trace.end(TPO_TRACE_ADD);
-  }
-
-  template <int kFragment>
-  static __device__ __forceinline__ void fill_with_nan(float (&sum)[kFragment]) {
-#pragma unroll
-    for (int i = 0; i < kFragment; ++i) sum[i] = __int_as_float(0x7fffffff);
   }
 };
 
@@ -444,30 +408,12 @@ struct CollectiveParams {
   int k_blocks;  // of 64 elements, the last one may be partial
 };
 
-// Whether this tile comes in parts: known to each role of the block by itself, and alike in the blocks of a cluster.
-template <typename Shape, typename Owners>
-__device__ __forceinline__ bool is_parted(const TpoGemmCollectiveArgs& args, const Itinerary<Shape, Owners>& itinerary,
-                                          const Work& work) {
-  return Shape::kLastParts > 1 && args.world_size == 2 && work.owner == args.rank && itinerary.is_over();
-}
-
 template <typename Shape, typename Owners>
 __device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& params,
                                            const CollectiveMemory<Shape>& memory, uint32_t rank_in_cluster) {
   RingPosition<Shape::kStages> ring;
   Itinerary<Shape, Owners> itinerary(params.owners, params.args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
-    if constexpr (Shape::kLastParts > 1) {
-      if (is_parted(params.args, itinerary, work)) {
-#pragma unroll 1
-        for (int part = 0; part < Shape::kLastParts; ++part) {
-          load_half_tile<Shape>(memory, ring, &params.a, &params.b, work.row_a,
-                                work.in_sum.col + part * Shape::kTileN / Shape::kLastParts, params.k_blocks,
-                                rank_in_cluster);
-        }
-        return;
-      }
-    }
     load_tile<Shape>(memory, ring, &params.a, &params.b, work.row_a, work.in_sum.col, params.k_blocks, rank_in_cluster);
   }
 }
@@ -494,27 +440,6 @@ __device__ __forceinline__ void fetch_tiles(const CollectiveParams<Owners>& para
   }
 }
 
-// The last tile, an own one, part by part.
-template <typename Element, typename Shape, typename Owners>
-__device__ __forceinline__ void compute_parts(const CollectiveParams<Owners>& params,
-                                              const CollectiveMemory<Shape>& memory, Consumer<Shape>& consumer,
-                                              Epilogue<Element, Shape>& epilogue, const Work& work) {
-  epilogue.trace.of(work.owner, work.tile);
-#pragma unroll 1
-  for (int part = 0; part < Shape::kLastParts; ++part) {
-    float sum[Shape::kFragment / Shape::kLastParts];
-    multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
-    epilogue.trace.end(TPO_TRACE_MULTIPLY);
-    if (part == 0) epilogue.await_free();
-    epilogue.add_part_of_partial(sum, part);
-    if (params.args.gemm.bias) {
-      const int col = work.in_sum.col + part * Shape::kTileN / Shape::kLastParts;
-      add_bias<Element>(sum, params.args.gemm.bias, params.args.gemm.N, col);
-    }
-    epilogue.hand_over(sum, part);
-  }
-}
-
 template <typename Element, typename Shape, typename Owners>
 __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& params,
                                               const CollectiveMemory<Shape>& memory, int number,
@@ -525,12 +450,6 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
   Epilogue<Element, Shape> epilogue(memory, number, trace);
   Itinerary<Shape, Owners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work);) {
-    if constexpr (Shape::kLastParts > 1) {
-      if (is_parted(args, itinerary, work)) {
-        compute_parts<Element>(params, memory, consumer, epilogue, work);
-        return;
-      }
-    }
     float sum[Shape::kFragment];
     trace.of(work.owner, work.tile);
     multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
@@ -538,7 +457,7 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
     epilogue.await_free();  // an own tile's partial has then been fetched, or could be: only the phase is counted
     if (work.owner == args.rank) {
       epilogue.add_partials(sum, args.world_size);
-      if (args.gemm.bias) add_bias<Element>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
+      if (args.gemm.bias) add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
     }
     epilogue.hand_over(sum);
   }

@@ -17,11 +17,11 @@ inline bool is_sound(const TpoGemmCollectiveArgs& args) {
          args.piece_bytes % 16 == 0 && args.senders >= 0;
 }
 
-// Whether each of an owner's peers can stage its tiles, and raise a flag for each, or for each part of its sum.
+// Whether each of an owner's peers can stage its tiles, and raise a flag for each.
 template <typename Shape>
 bool has_room(const TpoGemmCollectiveArgs& args, int tiles_per_owner) {
   const int64_t tiles = int64_t{tiles_per_owner} * Shape::kCluster;
-  return tiles * Shape::kTileBytes <= args.staging_slot_bytes && tiles * args.world_size * Shape::kLastParts <= args.tile_slots;
+  return tiles * Shape::kTileBytes <= args.staging_slot_bytes && tiles * args.world_size <= args.tile_slots;
 }
 
 // out_rows: of this rank's out; none of them is stored where there are none.

@@ -29,12 +29,12 @@ __device__ __forceinline__ Tile tile_of(const TileGrid& grid, int tile_id, uint3
               (in_group / rows * Shape::kClusterCols + place.col) * Shape::kTileN};
 }
 
-// bias: N elements, 4-byte aligned; the fragment's columns, 2 * kFragment of them, begin at `col`.
-template <typename Element, int kFragment>
-__device__ __forceinline__ void add_bias(float (&sum)[kFragment], const void* bias, int N, int col) {
+// bias: N elements, 4-byte aligned; the tile begins at column `col`.
+template <typename Element, typename Shape>
+__device__ __forceinline__ void add_bias(float (&sum)[Shape::kFragment], const void* bias, int N, int col) {
   const int own_col = col + 2 * (threadIdx.x % 4);
 #pragma unroll
-  for (int j = 0; j < kFragment / 4; ++j) {
+  for (int j = 0; j < Shape::kTileN / 8; ++j) {
     if (own_col + 8 * j >= N) continue;
     const float2 pair = Element::unpack(__ldg(static_cast<const uint32_t*>(bias) + own_col / 2 + 4 * j));
     sum[4 * j] += pair.x;

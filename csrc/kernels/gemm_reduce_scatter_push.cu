@@ -128,9 +128,9 @@ struct Host {
 
 // By TpoGemmSchedule. Columns, rows and columns of a cluster, stages, stagings, boxes in transit.
 constexpr CollectiveVariant kVariants[] = {
-    variant<Host, CollectiveShape<256, 2, 1, 3, 1, 0>>(), {}, variant<Host, CollectiveShape<128, 2, 1, 5, 1, 0>>(),
-    variant<Host, CollectiveShape<128, 2, 1, 5, 2, 0>>(), variant<Host, CollectiveShape<128, 1, 2, 5, 2, 0>>(),
-    variant<Host, CollectiveShape<64, 1, 2, 8, 2, 0>>()};
+    variant<Host, CollectiveShape<256, 2, 1, 3, 1, 0>>(), {},
+    variant<Host, CollectiveShape<128, 2, 1, 5, 1, 0>>(), variant<Host, CollectiveShape<128, 2, 1, 5, 2, 0>>(),
+    variant<Host, CollectiveShape<128, 1, 2, 5, 2, 0>>(), variant<Host, CollectiveShape<64, 1, 2, 8, 2, 0>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

@@ -107,6 +107,7 @@ def run(
 
     try:
         known = machine.defaults(device, ranks, ranks_per_device)
+        least, most = (10, 50) if known.topology.device_type == "cuda" else (3, 20)
         options = RunOptions(
             ops=chosen_ops(op, known.ops),
             layers=chosen_layers(preset, layer, known.preset, tp or known.topology.world_size),
@@ -118,7 +119,7 @@ def run(
             json_path=json,
             budget_s=budget_s,
             seed=seed,
-            effort=Effort(target_ms, *((10, 50) if known.topology.device_type == "cuda" else (3, 20)), load_ms),
+            effort=Effort(target_ms, least, most, load_ms),
             command=command_line(),
             commit=commit,
         )

@@ -4,8 +4,8 @@
 #     bash bench/on_n_gpus.sh RANKS FOLDER COMMIT [STEP ...]        by default check, tune, suites, proof, models
 #
 # RANKS: 2 or 4, of as many GPUs. FOLDER gets the tables and results under the names that bench/results/ and
-# tp_overlap_kernels/dispatch/tables/ have for them, and logs/. To be run from the root of the repository, with the package
-# installed. `suites` and `models` take the table that `tune` has made, if it ran before.
+# tp_overlap_kernels/dispatch/tables/ have for them, and logs/. To be run from the root of the repository, with the
+# package installed. `suites` and `models` take the table that `tune` has made, if it ran before.
 set -u
 ranks=$1 folder=$2 commit=$3
 shift 3
@@ -14,7 +14,7 @@ at="h200x$ranks" table="nvidia_h200_w$ranks.json"
 bench="python3 -m tp_overlap_kernels.bench"
 layers="--preset qwen2.5-72b --preset llama-3-8b --tp $ranks"
 [ "$ranks" = 2 ] && layers="--preset h200_baseline"
-installed=$(python3 -c "import pathlib, tp_overlap_kernels as tpo; print(pathlib.Path(tpo.__file__).parent / 'dispatch/tables')")
+installed=$(python3 -c "import tp_overlap_kernels as tpo; print(tpo.__path__[0])")/dispatch/tables
 mkdir -p "$folder/logs"
 
 # limited SECONDS NAME COMMAND...: what it did and how long it took, in a line; the rest in logs/NAME.log.
@@ -50,17 +50,15 @@ suites() {
 
 proof() {
   mkdir -p "$folder/proof"
-  part() {
-    limited "$1" "$2" python3 -m tests.proof "$2" --world-size "$ranks" --count "$3" --limit-s "$(($1 - 10))" \
-      --commit "$commit" --json "$folder/proof/w${ranks}_$2.json"
+  part() { # SECONDS PART [COUNT]
+    limited "$1" "$2" python3 -m tests.proof "$2" ${3:+--count "$3"} --world-size "$ranks" --limit-s "$(($1 - 10))" \
+      --commit "$commit" --json "$folder/proof/$2_w$ranks.json"
   }
   part 150 soak 200000
   part 60 replay 20000
   part 60 bits 1000
-  limited 90 faults python3 -m tests.proof faults --world-size "$ranks" --commit "$commit" --json \
-    "$folder/proof/w${ranks}_faults.json"
-  limited 120 delay python3 -m tests.proof delay --world-size "$ranks" --commit "$commit" --json \
-    "$folder/proof/w${ranks}_delay.json"
+  part 90 faults
+  part 120 delay
 }
 
 models() {

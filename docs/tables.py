@@ -120,8 +120,8 @@ def one_batch(path: pathlib.Path = ONE_BATCH) -> str:
                 if field in line:
                     cases.setdefault((line["batch_size"], line["input_len"]), {})[line["arm"]] = line[field] * 1e3
             table += [_line(step, *case, *_of_arms(arms)) for case, arms in sorted(cases.items())]
-        run = mine[-1]["run"]
-        parts.append(f"{model}, milliseconds; {run['gpu']}, commit {run['commit']}:\n\n" + "\n".join(table))
+        gpus, commits = (", ".join(dict.fromkeys(line["run"][key] for line in mine)) for key in ("gpu", "commit"))
+        parts.append(f"{model}, milliseconds; {gpus}, commit {commits}:\n\n" + "\n".join(table))
     return "\n\n".join(parts)
 
 

@@ -38,8 +38,11 @@ KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n")
 # link: with fewer it runs dry (12 of 128 columns: half as fast), with more their tiles all come late. Wide tiles, whose
 # products are long, go in pieces: behind a whole one the loads of the next product would wait.
 SM90 = {"group_m": 8, "lead": 66, "cluster_m": 2, "cluster_n": 1}
-SENDERS_SM90 = {64: 48, 128: 24, 256: 32}
-PIECE_SM90 = {64: 65536, 128: 65536, 256: 2048}
+TURNS_SM90 = {  # by columns of a tile
+    64: {"piece": 65536, "senders": 48},
+    128: {"piece": 65536, "senders": 24},
+    256: {"piece": 2048, "senders": 32},
+}
 # Tiles of 256 columns from so many elements of the sum on: they leave the last wave emptier, and a partial is later by
 # as much as its product takes longer; but they take less power, at whose limit long products run. A reduce-scatter's
 # block pushes while the next product goes on, a second buffer between them; where products are long, wide tiles hide as
@@ -99,5 +102,5 @@ def _sm90(problem: Problem, block_n: int | None) -> dict[str, int]:
     block_n = block_n or (256 if wide else 128)
     stagings = SM90_STAGINGS[op] if block_n < 256 else 1
     lead = -(-SM90["lead"] // (problem.world_size - 1))
-    turns = {"senders": SENDERS_SM90.get(block_n, 0), "piece": PIECE_SM90.get(block_n, 65536)}
+    turns = TURNS_SM90.get(block_n, {"piece": 65536, "senders": 0})
     return SM90 | {"block_n": block_n, "stagings": stagings, "lead": lead} | turns

@@ -127,7 +127,7 @@ def _sm90(op: str) -> list[Candidate]:
     found = []
     for cols, stagings, (down, across), lead, piece, senders, least in _SM90[op]:
         link = (("lead", lead), ("piece", piece), ("senders", senders))
-        plan = Plan("sm90", (*plan_of_kernel((cols, stagings, down, across)).params, ("group_m", 8), *link))
+        plan = Plan("sm90", (*plan_of_kernel((cols, stagings, down, across, 0)).params, ("group_m", 8), *link))
         found.append(Candidate(str(plan), least))
     return found
 

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define TPO_ABI_VERSION 9
+#define TPO_ABI_VERSION 10
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,14 +68,14 @@ typedef struct TpoGemmAllReduceDecodeArgs {
   int32_t tile_rows; /* of b, of a tile: 64, or 128 with M up to 64 */
   int32_t splits;    /* parts of K, one a block of a cluster: 1, 2, 4 or 8 */
   int32_t stages;    /* of 64 elements of K, 3..32 as far as shared memory reaches; 0: so that an SM holds two blocks */
-  int32_t start;     /* TpoDecodeStart */
+  int32_t start;     /* TpoStart */
 } TpoGemmAllReduceDecodeArgs;
 
 /* How a call begins, seen from the kernels before it on the stream. */
-enum TpoDecodeStart {
-  TPO_DECODE_IN_ORDER = 0,       /* after they have ended */
-  TPO_DECODE_LAUNCHED_AHEAD = 1, /* its blocks may come earlier, and then wait */
-  TPO_DECODE_WEIGHTS_AHEAD = 2   /* and load of b meanwhile, which none of these kernels may write */
+enum TpoStart {
+  TPO_START_IN_ORDER = 0,       /* after they have ended */
+  TPO_START_LAUNCHED_AHEAD = 1, /* its blocks may come earlier, and then wait */
+  TPO_START_WEIGHTS_AHEAD = 2   /* and load of b meanwhile, which none of these kernels may write */
 };
 
 /* Indices into `control`, which starts as zeros. */
@@ -136,7 +136,13 @@ enum TpoGemmSchedule {
   TPO_GEMM_128X128_PAIR = 2,
   TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3, /* not tpo_gemm, and so from here on */
   TPO_GEMM_128X128_ROW_TWO_STAGINGS = 4,  /* reduce-scatter alone */
-  TPO_GEMM_128X64_ROW_TWO_STAGINGS = 5    /* reduce-scatter alone */
+  TPO_GEMM_128X64_ROW_TWO_STAGINGS = 5,   /* reduce-scatter alone */
+  /* tpo_gemm_all_reduce_one_shot and tpo_gemm_reduce_scatter_add alone, and those no others */
+  TPO_GEMM_128X256_PAIR_ADD = 6,
+  TPO_GEMM_128X128_PAIR_ADD = 7,
+  TPO_GEMM_128X128_PAIR_TWO_STAGINGS_ADD = 8,
+  TPO_GEMM_128X128_ROW_TWO_STAGINGS_ADD = 9, /* reduce-scatter alone */
+  TPO_GEMM_128X64_ROW_TWO_STAGINGS_ADD = 10
 };
 
 /* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */
@@ -197,6 +203,7 @@ typedef struct TpoGemmCollectiveArgs {
   int32_t lead_tiles;  /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
   int32_t piece_bytes; /* of a tile that goes to a peer, two on their way at a time: a multiple of 16, at least 256 */
   int32_t senders;     /* so many blocks send a tile at a time, in the order in which they have one; 0: all */
+  int32_t start;       /* TpoStart */
   TpoTraceInterval* trace; /* device, zeros: blocks x TPO_TRACE_ROLES x trace_intervals; bf16 alone. Null: no trace */
   int64_t trace_intervals;
 } TpoGemmCollectiveArgs;
@@ -243,6 +250,14 @@ int tpo_gemm_all_reduce_prepare(void);
 /* M = 0 or N = 0 launches nothing. cudaErrorInvalidValue, too, where the arena has no room for the tiles. */
 int tpo_gemm_reduce_scatter(const TpoGemmCollectiveArgs* args, void* cuda_stream);
 int tpo_gemm_all_reduce(const TpoGemmCollectiveArgs* args, void* cuda_stream);
+
+/* The same between two ranks, where the copy engine adds: kernels/gemm_all_reduce_one_shot_push.cu,
+ * kernels/gemm_reduce_scatter_push_add.cu. cudaErrorInvalidValue, too, for another world_size. lead_tiles is not looked at
+ * by the first. */
+int tpo_gemm_all_reduce_one_shot_prepare(void);
+int tpo_gemm_reduce_scatter_add_prepare(void);
+int tpo_gemm_all_reduce_one_shot(const TpoGemmCollectiveArgs* args, void* cuda_stream);
+int tpo_gemm_reduce_scatter_add(const TpoGemmCollectiveArgs* args, void* cuda_stream);
 
 #ifdef __cplusplus
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import NativeLibraryError, TpOverlapError
 
-ABI_VERSION = 9  # TPO_ABI_VERSION in csrc/api.h
+ABI_VERSION = 10  # TPO_ABI_VERSION in csrc/api.h
 LIBRARY_PATH = Path(__file__).with_name("libtpo_kernels.so")
 
 

@@ -22,7 +22,7 @@
 //
 // Who has which part of K: the S blocks of a cluster work on one tile, each on its part of K. Each then reads its share of
 //   the columns from the shared memory of all of them, sums, and alone pushes, polls and stores that share.
-// Weights ahead of time. Launched so (TpoDecodeStart), the kernel begins under the end of the one before, and loads of b
+// Weights ahead of time. Launched so (TpoStart), the kernel begins under the end of the one before, and loads of b
 //   before that has ended; `b` must then be at rest, which the op sees to. All else comes after the wait: a, the words of
 //   the call, the arena, out.
 // Fresh, reuse: all_reduce_one_shot_sentinel.cu, whose buffers, epochs and headers are used: calls of the two may
@@ -167,10 +167,10 @@ __device__ __forceinline__ void load_a(const Params& params, const Memory<Shape>
 // As much of b as there is room for, before anything else in this block.
 template <typename Shape>
 __device__ __forceinline__ int load_ahead(const Params& params, const Memory<Shape>& memory, const Work<Shape>& work) {
-  if (params.args.start != TPO_DECODE_WEIGHTS_AHEAD) wait_for_kernels_before();
+  if (params.args.start != TPO_START_WEIGHTS_AHEAD) wait_for_kernels_before();
   const int ahead = min(work.last - work.first, memory.stages);
   for (int i = 0; i < ahead; ++i) load_b(params, memory, work, work.first + i, i);
-  if (params.args.start == TPO_DECODE_WEIGHTS_AHEAD) {
+  if (params.args.start == TPO_START_WEIGHTS_AHEAD) {
     // At K=1024 this is all there is: the rest then comes from L2.
     const int last = min(work.last, work.first + ahead + kFetchedStages);
     for (int k = work.first + ahead; k < last; ++k) {
@@ -525,7 +525,7 @@ bool is_aligned_to(const void* pointer, int bytes) { return reinterpret_cast<uin
 bool is_sound(const TpoGemmAllReduceDecodeArgs& args, const Variant& variant) {
   const TpoAllReduceArgs& sum = args.sum;
   const bool known = sum.world_size >= 2 && sum.world_size <= kMaxWorld && sum.rank >= 0 && sum.rank < sum.world_size &&
-                     (sum.dtype == 0 || sum.dtype == 1) && args.start >= 0 && args.start <= TPO_DECODE_WEIGHTS_AHEAD;
+                     (sum.dtype == 0 || sum.dtype == 1) && args.start >= 0 && args.start <= TPO_START_WEIGHTS_AHEAD;
   const bool strided = args.K > 0 && args.a_stride >= args.K && args.b_stride >= args.K && args.a_stride % 8 == 0 &&
                        args.b_stride % 8 == 0 && is_aligned_to(args.a, 16) && is_aligned_to(args.b, 16);
   const int splits = args.splits;
@@ -562,14 +562,14 @@ extern "C" int tpo_gemm_all_reduce_decode(const TpoGemmAllReduceDecodeArgs* give
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(args.splits), 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = args.start != TPO_DECODE_IN_ORDER;
+  attributes[1].val.programmaticStreamSerializationAllowed = args.start != TPO_START_IN_ORDER;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(tiles_of(args) * args.splits);
   config.blockDim = dim3(variant->threads);
   config.dynamicSmemBytes = shared_bytes(*variant, args.stages);
   config.stream = static_cast<cudaStream_t>(cuda_stream);
   config.attrs = attributes;
-  config.numAttrs = args.start == TPO_DECODE_IN_ORDER ? 1 : 2;
+  config.numAttrs = args.start == TPO_START_IN_ORDER ? 1 : 2;
   void* parameters[] = {&params};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(variant->kernels[args.sum.dtype]), parameters);
 }

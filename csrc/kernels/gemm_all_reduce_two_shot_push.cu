@@ -36,6 +36,7 @@
 
 #include "api.h"
 #include "tpo/gemm_collective_launch.cuh"
+#include "tpo/gemm_collector.cuh"
 
 namespace tpo {
 namespace {
@@ -105,7 +106,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
       courier.await_staged(work);
       courier.push_partial(work, itinerary.is_over());
     } else {
-      if (Shape::kStagings == 1) {  // else the fetcher does
+      if (!Shape::kFetches) {  // else the fetcher does
         if (!fetched) courier.fetch_partial(tile, 0);
         courier.fetch_other_partials(tile);
       }
@@ -125,82 +126,14 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
 
 // ---- the collector, a warp ------------------------------------------------------------------------------------------
 
-template <typename Shape>
-struct Collector {
-  const Params& params;
-  const CollectiveMemory<Shape>& memory;
-  RingPosition<Shape::kTransitBoxes> coming, going;
-
-  __device__ __forceinline__ bool is_inside(const Tile& tile, int box) const {
-    return row_of(tile, box) < params.args.gemm.M && col_of(tile, box) < params.args.gemm.N;
-  }
-  __device__ __forceinline__ int row_of(const Tile& tile, int box) const {
-    return tile.row + box / Shape::kTileChunks * kRowsOfWarpgroup;
-  }
-  __device__ __forceinline__ int col_of(const Tile& tile, int box) const {
-    return tile.col + box % Shape::kTileChunks * kBoxCols;
-  }
-
-  // By one lane. Boxes come while those before them go, as many as there is room for. What went before has been read.
-  __device__ __forceinline__ void copy(const char* from, const Tile& tile) {
-    order_with_tma();
-    int next = inside(tile, 0), on_their_way = 0;
-    for (int box = next; box < Shape::kTileBoxes; box = inside(tile, box + 1)) {
-      for (; on_their_way < Shape::kTransitBoxes && next < Shape::kTileBoxes; ++on_their_way) {
-        barrier_arrive_expecting(memory.landed(coming.slot), kChunkBytes);
-        load_bytes(memory.transit(coming.slot), from + next * kChunkBytes, kChunkBytes, memory.landed(coming.slot));
-        coming.advance();
-        next = inside(tile, next + 1);
-      }
-      send_on(tile, box);
-      --on_their_way;
-    }
-  }
-
-  // This box, or the first behind it, that has something of out.
-  __device__ __forceinline__ int inside(const Tile& tile, int box) const {
-    while (box < Shape::kTileBoxes && !is_inside(tile, box)) ++box;
-    return box;
-  }
-
-  // Its place may be loaded into afterwards.
-  __device__ __forceinline__ void send_on(const Tile& tile, int box) {
-    barrier_wait(memory.landed(going.slot), going.parity);
-    store_box(&params.out, row_of(tile, box), col_of(tile, box), memory.transit(going.slot));
-    end_store_group();
-    wait_stores_read<0>();
-    going.advance();
-  }
-
-  // By all lanes: NaN in place of a sum that has not come.
-  __device__ __forceinline__ void give_up(const Tile& tile) {
-    const uint32_t lane = threadIdx.x % 32;
-    constexpr int64_t kNans = 0x7fff7fff7fff7fff;
-    for (uint32_t offset = 8 * lane; offset < kChunkBytes; offset += 8 * 32)
-      put_shared(memory.transit(0) + offset, kNans);
-    publish_to_tma();
-    __syncwarp();
-    if (lane == 0) {
-      for (int box = 0; box < Shape::kTileBoxes; ++box) {
-        if (is_inside(tile, box)) store_box(&params.out, row_of(tile, box), col_of(tile, box), memory.transit(0));
-      }
-      end_store_group();
-      wait_stores_read<0>();
-    }
-    __syncwarp();
-  }
-};
-
 // The sums of the other owners, from the arena to out, in the order in which they are computed. Returns whether a wait has
 // failed in this call.
 template <typename Shape>
 __device__ __forceinline__ bool collect_tiles(const Params& params, const CollectiveMemory<Shape>& memory) {
   const TpoGemmCollectiveArgs& args = params.args;
-  barrier_wait(memory.begun(), 0);
-  const int64_t word = call_word(get_shared(memory.epoch()), args.call_hash);
-  const int failed_before = get_shared(memory.failed()) != 0;
+  const auto [word, failed_before] = await_call(args, memory);
   int failed = failed_before;
-  Collector<Shape> collector{params, memory, {}, {}};
+  Collector<Shape> collector{&params.out, args.gemm.M, args.gemm.N, memory, {}, {}};
   Trace<Shape::kTraced> trace(args, TPO_TRACE_COLLECTOR, threadIdx.x % 32 == 0);
   const int peers = args.world_size - 1;
   const int total = peers * tiles_of_owner<Shape>(params);
@@ -217,7 +150,7 @@ __device__ __forceinline__ bool collect_tiles(const Params& params, const Collec
                     args.timeout_ns) != kOk;
       trace.of(peer, tile);
       trace.end(TPO_TRACE_AWAIT_SUM);
-      if (!failed) collector.copy(result_of<Shape>(params, args.rank, peer, tile), work.in_sum);
+      if (!failed) collector.bring(result_of<Shape>(params, args.rank, peer, tile), work.in_sum);
       trace.end(TPO_TRACE_COPY);
     }
     failed = __shfl_sync(0xffffffffu, failed, 0);
@@ -243,7 +176,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     init_collective_barriers(memory);
   }
   __syncwarp();
-  cluster_barrier_relaxed();  // the barriers' inits have been published
+  cluster_barrier_relaxed();                        // the barriers' inits have been published
+  if (threadIdx.x != 0) wait_for_kernels_before();  // that thread may first load what is at rest
 
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();
@@ -252,7 +186,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     if (threadIdx.x / 32 == kCourierWarp)
       failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
     if (threadIdx.x / 32 == kTransitWarp) failed = collect_tiles(params, memory);
-    if (Shape::kStagings == 2 && threadIdx.x == 32 * kFetcherWarp) {
+    if (Shape::kFetches && threadIdx.x == 32 * kFetcherWarp) {
       fetch_tiles(params, memory, kOpAllReduce, rank_in_cluster);
     }
     if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.args.gemm.M);

@@ -60,7 +60,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
       courier.publish_partial(owner, tile);
       continue;
     }
-    if (Shape::kStagings == 1) {  // else the fetcher does
+    if (!Shape::kFetches) {  // else the fetcher does
       if (!fetched) courier.fetch_partial(work.tile, 0);
       courier.fetch_other_partials(work.tile);
     }
@@ -70,7 +70,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
     found = itinerary.next(&work);
     fetched = false;
   }
-  courier.leave();
+  leave(args, courier.word, courier.failed);
   return courier.failed && !courier.failed_before;
 }
 
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push(cons
     init_collective_barriers(memory);
   }
   __syncwarp();
-  cluster_barrier_relaxed();  // the barriers' inits have been published
+  cluster_barrier_relaxed();                        // the barriers' inits have been published
+  if (threadIdx.x != 0) wait_for_kernels_before();  // that thread may first load what is at rest
 
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push(cons
       const bool failed = threadIdx.x % 32 == 0 && carry_tiles(params, memory, rank_in_cluster);
       if (__any_sync(0xffffffffu, failed)) spoil(params.args.gemm, params.owners.rows_of(params.args.rank));
     }
-    if (Shape::kStagings == 2 && threadIdx.x == 32 * kFetcherWarp) {
+    if (Shape::kFetches && threadIdx.x == 32 * kFetcherWarp) {
       fetch_tiles(params, memory, kOpReduceScatter, rank_in_cluster);
     }
   } else {

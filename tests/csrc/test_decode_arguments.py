@@ -11,6 +11,7 @@ from tests.csrc.test_native import HEADER, needs_library, needs_no_gpu
 from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import TpOverlapError
 from tp_overlap_kernels.kernels import gemm_all_reduce_one_shot_sentinel as decode
+from tp_overlap_kernels.kernels.start import Start
 
 RIGHT = {"a": 4096, "b": 4096, "a_stride": 64, "b_stride": 64, "M": 1, "N": 64, "K": 64, "tile_rows": 64, "splits": 1}
 RIGHT_SUM = {"out": 4096, "n_elems": 64, "sentinel_bytes": 4096, "world_size": 2}
@@ -25,8 +26,8 @@ def launch(**changes: int) -> None:
 
 
 def test_python_and_header_name_the_same_starts():
-    found = dict(re.findall(r"TPO_DECODE_(\w+) = (\d)", HEADER.read_text()))
-    assert {name: int(value) for name, value in found.items()} == {start.name: start.value for start in decode.Start}
+    found = dict(re.findall(r"TPO_START_(\w+) = (\d)", HEADER.read_text()))
+    assert {name: int(value) for name, value in found.items()} == {start.name: start.value for start in Start}
 
 
 @needs_library

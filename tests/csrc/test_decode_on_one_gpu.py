@@ -35,7 +35,8 @@ from tests.csrc.test_sentinel_on_one_gpu import (
     rank_order_sum,
 )
 from tp_overlap_kernels import native
-from tp_overlap_kernels.kernels.gemm_all_reduce_one_shot_sentinel import DecodeLauncher, Start, slot_bytes
+from tp_overlap_kernels.kernels.gemm_all_reduce_one_shot_sentinel import DecodeLauncher, slot_bytes
+from tp_overlap_kernels.kernels.start import Start
 
 pytestmark = [
     pytest.mark.gpu,

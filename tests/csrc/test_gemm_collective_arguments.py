@@ -7,6 +7,7 @@ from tp_overlap_kernels import native
 from tp_overlap_kernels.errors import TpOverlapError
 from tp_overlap_kernels.kernels import gemm
 from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, GemmCollectiveLauncher
+from tp_overlap_kernels.kernels.start import Start
 
 pytestmark = pytest.mark.skipif(
     not native.LIBRARY_PATH.exists(), reason="needs libtpo_kernels.so: install the package where nvcc and cmake are"
@@ -27,6 +28,7 @@ RIGHT |= {
     "piece_bytes": 4096,
     "senders": 0,
     "call_hash": 7,
+    "start": Start.IN_ORDER,
 }
 
 
@@ -55,6 +57,7 @@ def launch(monkeypatch, op, **changes):
         pytest.param({"lead_tiles": -1}, id="negative lead"),
         pytest.param({"piece_bytes": 0}, id="pieces of nothing"),
         pytest.param({"piece_bytes": 264}, id="pieces that are not aligned"),
+        pytest.param({"start": 3}, id="no way to begin"),
         pytest.param({"senders": -1}, id="fewer senders than none"),
         pytest.param({"M": 513}, id="more tiles than staging holds"),
         pytest.param({"tile_slots": 3}, id="more tiles than flags"),
@@ -92,7 +95,7 @@ def test_a_trace_needs_room_and_bf16(monkeypatch, op, intervals, dtype_code, rea
 def test_what_is_right_comes_as_far_as_the_driver(monkeypatch, op):
     for schedule in SCHEDULES[op].values():
         with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
-            launch(monkeypatch, op, schedule=schedule, tile_slots=16)
+            launch(monkeypatch, op, schedule=schedule, tile_slots=16, result_bytes=4 * TILE_BYTES[256])
     with pytest.raises(TpOverlapError, match=rf"{op}: the CUDA kernels could not be loaded: .*driver"):
         GemmCollectiveLauncher(op, **(ARENA | ROOM))
 

@@ -17,6 +17,7 @@ from tests.tolerance import check, check_bits, tolerance
 from tp_overlap_kernels import native
 from tp_overlap_kernels.bench.timeline import intervals_of
 from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
+from tp_overlap_kernels.kernels.start import Start
 from tp_overlap_kernels.memory.layout import layout
 
 pytestmark = [
@@ -28,6 +29,7 @@ pytestmark = [
 SCATTER, SUM = OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
 KERNELS = [(op, cut) for op in OPS for cut in SCHEDULES[op]]
 EVERY = [(op, cut, lead) for (op, cut), lead in itertools.product(KERNELS, (0, 1, 3))]
+TMA_ADDS = 4  # place in a cut: whether the copy engine adds, which it does between two ranks
 # Bytes of a piece (some of a tile, all of it, such as do not divide it) and how many blocks send at a time.
 WAYS = ((4096, 0), (1 << 16, 1), (4112, 3))
 DATA = 5  # sets of operands that the calls of a row take in turn: what an older call left is other data
@@ -107,12 +109,24 @@ class Group:
         bias_ptr = 0 if bias is None else bias.data_ptr()
         member.launch[op](
             *(a.data_ptr(), b.data_ptr(), bias_ptr, out.data_ptr(), M, N, K, a.stride(0), b.stride(0), CODES[a.dtype]),
-            *(SCHEDULES[op][cut], 3, lead, *way, call_hash, member.stream.cuda_stream),
+            *(SCHEDULES[op][cut], 3, lead, *way, call_hash, Start.IN_ORDER, member.stream.cuda_stream),
         )
 
     def expect_no_failure(self) -> None:
         for rank, member in enumerate(self.ranks):
             assert member.record[STATE] == 0, f"rank {rank} failed: {member.record.tolist()}"
+
+
+def those_of(world_size: int, calls: list) -> list:
+    """Without the kernels of two ranks, for another number."""
+    return [call for call in calls if world_size == 2 or not call[1][TMA_ADDS]]
+
+
+def with_bias_in_product(part: truth.Truth, bias: torch.Tensor, rank: int) -> truth.Truth:
+    """Where the copy engine adds, this rank rounds its product with the bias."""
+    partials = part.partials.clone()
+    partials[rank] += bias.double()
+    return dataclasses.replace(part, partials=partials)
 
 
 def play(
@@ -147,6 +161,8 @@ def play(
         exact = exacts[i % DATA]
         for rank in range(W):
             part = exact if op == SUM else exact.rows(case.rows_of(rank))
+            if with_bias and cut[TMA_ADDS]:
+                part = with_bias_in_product(part, biases[i % DATA], 0 if op == SUM else rank)
             what = f"call {i}, {op}, kernel {cut}, lead {lead}, rank {rank}"
             got, around = out[rank][:-1], out[rank][-1]
             check_bits(got, part, what) if kind == "integer" else check(got, part, tolerance(part), what)
@@ -160,13 +176,13 @@ def play(
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
     case = dataclasses.replace(case, world_size=world_size)
-    group = Group(world_size)
-    play(group, case, [*EVERY, *EVERY[::-1], EVERY[0], EVERY[-1]], "normal", with_bias)
-    play(group, case, [*EVERY[::-1], *EVERY], "integer", with_bias)
-    assert all(member.control[EPOCH] == 4 * len(EVERY) + 2 for member in group.ranks)
+    group, every = Group(world_size), those_of(world_size, EVERY)
+    play(group, case, [*every, *every[::-1], every[0], every[-1]], "normal", with_bias)
+    play(group, case, [*every[::-1], *every], "integer", with_bias)
+    assert all(member.control[EPOCH] == 4 * len(every) + 2 for member in group.ranks)
 
 
-@pytest.mark.parametrize("cut", SCHEDULES[SCATTER])
+@pytest.mark.parametrize("cut", [cut for cut in SCHEDULES[SCATTER] if not cut[TMA_ADDS]])
 def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it(cut):
     W, case = 4, Case(1, 64, 64, BF16, 4, "fewer rows than ranks")
     group = Group(W)
@@ -181,14 +197,21 @@ def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it(cut):
 def test_one_cluster_a_rank_is_enough(world_size, blocks):
     case = Case(1300, 1000, 136, BF16, world_size, "more tiles than blocks")
     small = [(op, cut, lead) for op, cut, lead in EVERY if SCHEDULES[op][cut].blocks <= blocks]
-    play(Group(world_size, blocks=blocks), case, small, "normal", True)
+    play(Group(world_size, blocks=blocks), case, those_of(world_size, small), "normal", True)
 
 
 @pytest.mark.parametrize("late", range(3))
 def test_a_late_rank_is_waited_for(late):
     group, case = Group(3), Case(900, 512, 128, BF16, 3, "three ranks")
     for _ in range(3):
-        play(group, case, [(op, cut, 1) for op, cut in KERNELS], "normal", False, late)
+        play(group, case, those_of(3, [(op, cut, 1) for op, cut in KERNELS]), "normal", False, late)
+
+
+@pytest.mark.parametrize("late", range(2))
+def test_a_late_rank_of_two_is_waited_for(late):
+    group, case = Group(2), Case(900, 512, 128, BF16, 2, "two ranks")
+    for _ in range(3):
+        play(group, case, [(op, cut, 0) for op, cut in KERNELS * 2], "normal", True, late)
 
 
 @pytest.mark.parametrize(("op", "cut"), KERNELS)
@@ -209,8 +232,8 @@ def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
             for block in range(blocks):
                 some = [each for each in intervals if (each.block, each.role) == (block, role)]
                 assert all(one.begin_ns <= one.end_ns == two.begin_ns for one, two in itertools.pairwise(some))
-        if op == SUM:
-            assert sum(each.step == "copy" for each in intervals) == len(multiplied) // 2
+        copied = {(SUM, 0): 0.5, (SUM, 1): 1, (SCATTER, 0): 0, (SCATTER, 1): 0.5}[op, cut[TMA_ADDS]]
+        assert sum(each.step == "copy" for each in intervals) == len(multiplied) * copied
 
 
 def run_alone(group: Group, op: str, cut: tuple[int, ...], call_hashes: dict[int, int]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 import tp_overlap_kernels as tpo
 from tp_overlap_kernels.dispatch import Plan
 from tp_overlap_kernels.errors import InvalidInput
-from tp_overlap_kernels.kernels.gemm_all_reduce_one_shot_sentinel import Start
+from tp_overlap_kernels.kernels.start import Start
 from tp_overlap_kernels.memory import arena as arenas
 from tp_overlap_kernels.ops import decode, prepared
 

@@ -9,12 +9,15 @@ from tp_overlap_kernels.dispatch.defaults import KERNELS_SM90, plan_of_kernel
 from tp_overlap_kernels.dispatch.select import rows_of_whole_tiles, why_not
 from tp_overlap_kernels.dispatch.table import Entry, Table
 from tp_overlap_kernels.kernels.gemm_collectives import SCHEDULES, TILE_BYTES, TRACE_ROLES, TRACE_WORDS
+from tp_overlap_kernels.kernels.start import Start
 from tp_overlap_kernels.memory import arena as arenas
 from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9,cluster_m=2,cluster_n=1")
+PLAN = Plan.parse(
+    "sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9,cluster_m=2,cluster_n=1,tma_adds=0"
+)
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
 NAMES = (
     "a",
@@ -33,6 +36,7 @@ NAMES = (
     "piece",
     "senders",
     "hash",
+    "start",
 )
 
 
@@ -73,11 +77,11 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
     expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "group_rows": 8, "lead": 5, "piece": 2048}
-    expected |= {"schedule": SCHEDULES["gemm_all_reduce"][128, 2, 2, 1], "senders": 9}
+    expected |= {"schedule": SCHEDULES["gemm_all_reduce"][128, 2, 2, 1, 0], "senders": 9}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "stream": 77}
-    for _ in range(3):  # the second and the third are known
+    for start in (Start.LAUNCHED_AHEAD, Start.WEIGHTS_AHEAD, Start.WEIGHTS_AHEAD):  # from the second on b is known
         out = kernel.op(a, b, "local", bias)
-        assert kernel.calls[-1] == expected | {"out": out.data_ptr()}
+        assert kernel.calls[-1] == expected | {"out": out.data_ptr(), "start": start}
 
 
 def test_rows_that_the_copy_engine_cannot_read_are_copied(kernel):
@@ -86,6 +90,7 @@ def test_rows_that_the_copy_engine_cannot_read_are_copied(kernel):
         kernel.op(a[:, :K], b[:, :K], "local")
         call = kernel.calls[-1]
         assert call["a"] != a.data_ptr() and call["b"] != b.data_ptr()
+        assert call["start"] == Start.LAUNCHED_AHEAD  # the copy was made just before
         assert (call["K"], call["a_stride"], call["b_stride"]) == (K, K, K)
     kernel.op(a[:, : K + 3], b[:, : K + 3], "local")
     assert (kernel.calls[-1]["K"], kernel.calls[-1]["a_stride"]) == (K + 3, K + 8)  # rounded up to whole 16 bytes
@@ -134,7 +139,7 @@ def test_dispatch_knows_which_kernels_there_are(op):
     schedules = SCHEDULES[op]
     assert set(schedules) == set(KERNELS_SM90[op])
     assert len({schedule.code for schedule in schedules.values()}) == len(schedules)
-    for (cols, _, down, across), schedule in schedules.items():
+    for (cols, _, down, across, _), schedule in schedules.items():
         assert (schedule.rows, schedule.cols, schedule.blocks) == (128 * down, cols * across, down * across)
 
 
@@ -142,13 +147,13 @@ def test_dispatch_knows_which_kernels_there_are(op):
 @pytest.mark.parametrize(("max_M", "max_N"), [(8192, 8192), (2048, 4096), (4099, 1032)])
 @pytest.mark.parametrize("kernel", sorted({kernel for kernels in KERNELS_SM90.values() for kernel in kernels}), ids=str)
 def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_M, max_N, kernel):
-    room, (cols, _, down, across) = layout(max_M, max_N, 2, W), kernel
+    room, (cols, _, down, across, _) = layout(max_M, max_N, 2, W), kernel
     rows = rows_of_whole_tiles(max_N, plan_of_kernel(kernel), on_h200(W, **room.limits()))
 
     def fits(rows):
         owned = down * -(-(rows // W) // (128 * down)) * across * -(-max_N // (cols * across))  # tiles of an owner
         staged = owned * TILE_BYTES[cols]
-        return staged <= room.staging_slot_bytes and (W - 1) * staged <= room.total_bytes - room.result
+        return staged <= room.staging_slot_bytes and max(2, W - 1) * staged <= room.total_bytes - room.result
 
     assert fits(rows) and not fits(rows + 128 * down * W)
     if max_N % 256 == 0 and max_M % (256 * W) == 0:
@@ -161,7 +166,10 @@ def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_
     ids=["all", "staging", "flags of four ranks", "not one pair"],
 )
 def test_each_part_of_the_arena_may_be_what_limits(staged, slots, pairs):
-    topology, wide = on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots), plan_of_kernel((256, 1, 2, 1))
+    topology, wide = (
+        on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots),
+        plan_of_kernel((256, 1, 2, 1, 0)),
+    )
     assert rows_of_whole_tiles(256, wide, topology) == pairs * 4 * 256
     assert rows_of_whole_tiles(257, wide, topology) == pairs // 2 * 4 * 256
 

@@ -26,18 +26,22 @@ TILED = ("one_shot", "two_shot", "push")
 DECODE_WIDE_TILE_MIN_M, DECODE_SMS = 33, 132
 DECODE_MIN_K = 256  # of a part: four stages
 
-# The CUDA kernels for Hopper that there are: columns of a tile, buffers on the way to peers (more have no room), and
-# rows and columns of blocks in a cluster.
-_KERNELS_SM90 = ((128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1))
+# The CUDA kernels for Hopper that there are: columns of a tile, buffers on the way to peers (more have no room), rows
+# and columns of blocks in a cluster, and whether the copy engine adds, between two ranks (an all-reduce then in one
+# shot).
+_KERNELS_SM90 = (
+    *((128, 1, 2, 1, 0), (128, 2, 2, 1, 0), (256, 1, 2, 1, 0)),
+    *((128, 1, 2, 1, 1), (128, 2, 2, 1, 1), (256, 1, 2, 1, 1), (64, 2, 1, 2, 1)),
+)
 KERNELS_SM90 = {
     "gemm_all_reduce": _KERNELS_SM90,
-    "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 1, 2), (64, 2, 1, 2)),
+    "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 1, 2, 0), (64, 2, 1, 2, 0), (128, 2, 1, 2, 1)),
 }
-KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n")
+KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n", "tma_adds")
 # Tiles of each peer before the first own one: one wave of 66 pairs of blocks. So many blocks send at a time as fill the
 # link: with fewer it runs dry (12 of 128 columns: half as fast), with more their tiles all come late. Wide tiles, whose
 # products are long, go in pieces: behind a whole one the loads of the next product would wait.
-SM90 = {"group_m": 8, "lead": 66, "cluster_m": 2, "cluster_n": 1}
+SM90 = {"group_m": 8, "lead": 66, "cluster_m": 2, "cluster_n": 1, "tma_adds": 0}
 TURNS_SM90 = {  # by columns of a tile
     64: {"piece": 65536, "senders": 48},
     128: {"piece": 65536, "senders": 24},

@@ -70,8 +70,9 @@ PARAM_NAMES = (
     "senders",
     "cluster_m",
     "cluster_n",
+    "tma_adds",
 )
-LEAST = {"lead": 0, "senders": 0}  # of all others 1
+LEAST = {"lead": 0, "senders": 0, "tma_adds": 0}  # of all others 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -257,6 +257,8 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     kernel, kernels = tuple(complete[name] for name in KERNEL_PARAMS_SM90), KERNELS_SM90[problem.op]
     if kernel not in kernels:
         return f"there is no kernel with {_named(kernel)}; there are {'; '.join(map(_named, kernels))}"
+    if complete["tma_adds"] and topology.world_size != 2:
+        return f"the copy engine adds between two ranks (tma_adds=1), not {topology.world_size}"
     if rows_of_whole_tiles(problem.N, complete, topology):
         return None
     rows, cols, _ = cluster_of(complete)

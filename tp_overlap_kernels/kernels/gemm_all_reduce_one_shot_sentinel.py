@@ -7,23 +7,15 @@ overlap, so one struct is enough.
 """
 
 import ctypes
-import enum
 
 from tp_overlap_kernels import native
 
 from .all_reduce_one_shot_sentinel import Args as SumArgs
 from .all_reduce_one_shot_sentinel import args_of as sum_args_of
+from .start import Start
 
 MAX_ROWS = {64: 128, 128: 64}  # of a, by rows of b in a tile
 SPLITS = (1, 2, 4, 8)  # parts of K, one a block of a cluster
-
-
-class Start(enum.IntEnum):
-    """TpoDecodeStart of csrc/api.h: how a call begins, seen from the kernels before it on the stream."""
-
-    IN_ORDER = 0
-    LAUNCHED_AHEAD = 1
-    WEIGHTS_AHEAD = 2  # b is read before they have ended; none of them may write it
 
 
 class _Args(ctypes.Structure):

@@ -1,4 +1,5 @@
-"""Launchers of csrc/kernels/gemm_reduce_scatter_push.cu and gemm_all_reduce_two_shot_push.cu, which tell the protocol.
+"""Launchers of csrc/kernels/gemm_reduce_scatter_push.cu and gemm_all_reduce_two_shot_push.cu, which tell the protocol,
+and of gemm_reduce_scatter_push_add.cu and gemm_all_reduce_one_shot_push.cu, where two ranks have the L2 cache add.
 
     out = sum over r of  a_r[M, K] @ b_r[N, K].T  (+ bias):  this rank's rows of it, or all of it on every rank
 
@@ -12,20 +13,30 @@ import dataclasses
 from tp_overlap_kernels import native
 
 from . import gemm
+from .start import Start
 
-_ANY = {  # by columns of a tile, staging buffers of a block, rows and columns of blocks in a cluster
-    (256, 1, 2, 1): gemm.LARGE,
-    (128, 1, 2, 1): gemm.SMALL,
-    (128, 2, 2, 1): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
+_ROW = gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8)
+_NARROW_ROW = gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8)
+_ANY = {  # by columns of a tile, staging buffers of a block, rows and columns of blocks in a cluster, whether TMA adds
+    (256, 1, 2, 1, 0): gemm.LARGE,
+    (128, 1, 2, 1, 0): gemm.SMALL,
+    (128, 2, 2, 1, 0): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
+    (256, 1, 2, 1, 1): dataclasses.replace(gemm.LARGE, code=6),
+    (128, 1, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=7),
+    (128, 2, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=8),
+    (64, 2, 1, 2, 1): dataclasses.replace(_NARROW_ROW, code=10),
 }
 SCHEDULES = {
     "gemm_all_reduce": _ANY,
     "gemm_reduce_scatter": _ANY
     | {
-        (128, 2, 1, 2): gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8),
-        (64, 2, 1, 2): gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8),
+        (128, 2, 1, 2, 0): _ROW,
+        (64, 2, 1, 2, 0): _NARROW_ROW,
+        (128, 2, 1, 2, 1): dataclasses.replace(_ROW, code=9),
     },
 }
+_OF_TWO = {"gemm_all_reduce": "gemm_all_reduce_one_shot", "gemm_reduce_scatter": "gemm_reduce_scatter_add"}
+_FIRST_OF_TWO = 6  # TpoGemmSchedule
 TILE_BYTES = {cols: 128 * cols * 2 for cols in (64, 128, 256)}  # of a block's tile, on its way between ranks
 
 
@@ -74,13 +85,14 @@ class _Args(ctypes.Structure):
         ("lead_tiles", ctypes.c_int32),
         ("piece_bytes", ctypes.c_int32),
         ("senders", ctypes.c_int32),
+        ("start", ctypes.c_int32),
         ("trace", ctypes.c_uint64),
         ("trace_intervals", ctypes.c_int64),
     )
 
 
 class GemmCollectiveLauncher:
-    """Launches one of the two kernels for one arena. Pointers and sizes are trusted; the op has checked them."""
+    """Launches the kernels of one op for one arena. Pointers and sizes are trusted; the op has checked them."""
 
     def __init__(
         self,
@@ -111,7 +123,8 @@ class GemmCollectiveLauncher:
         """
         library = native.library()
         self._op = op
-        native.check(getattr(library, f"tpo_{op}_prepare")(), f"{op}: the CUDA kernels could not be loaded")
+        for name in (op, _OF_TWO[op]):
+            native.check(getattr(library, f"tpo_{name}_prepare")(), f"{op}: the CUDA kernels could not be loaded")
         self._args = _Args(
             base_table=base_table_ptr,
             control=control_ptr,
@@ -132,9 +145,9 @@ class GemmCollectiveLauncher:
         )
         self._gemm = self._args.gemm  # the same bytes
         self._args_ref = ctypes.byref(self._args)
-        self._launch = getattr(library, f"tpo_{op}")
+        self._launch, self._launch_of_two = getattr(library, f"tpo_{op}"), getattr(library, f"tpo_{_OF_TWO[op]}")
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.
-        self._launch.restype = ctypes.c_int
+        self._launch.restype = self._launch_of_two.restype = ctypes.c_int
 
     def trace(self, ptr: int, intervals: int) -> None:
         """Calls from now on write what their threads did, over what calls before wrote; 0: they write nothing.
@@ -161,6 +174,7 @@ class GemmCollectiveLauncher:
         piece_bytes: int,
         senders: int,
         call_hash: int,
+        start: Start,
         stream: int,
     ) -> None:
         """Enqueue one call on `stream` (a cudaStream_t as an integer) of the current device; capturable in a graph.
@@ -177,6 +191,8 @@ class GemmCollectiveLauncher:
         args.dtype, args.schedule, args.group_rows = dtype_code, schedule.code, group_rows
         self._args.lead_tiles, self._args.call_hash = lead_tiles, call_hash
         self._args.piece_bytes, self._args.senders = piece_bytes, senders
-        error = self._launch(self._args_ref, ctypes.c_void_p(stream))
+        launch = self._launch if schedule.code < _FIRST_OF_TWO else self._launch_of_two
+        self._args.start = start
+        error = launch(self._args_ref, ctypes.c_void_p(stream))
         if error:
             native.check(error, f"{self._op}: the CUDA kernel could not be launched")

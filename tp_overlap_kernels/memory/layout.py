@@ -78,7 +78,7 @@ class Layout:
 
     def limits(self) -> dict[str, Any]:
         """What dispatch has to know of it, under the names of `dispatch.Topology`."""
-        shares = max(1, self.world_size - 1)  # of other ranks, in the result
+        shares = max(2, self.world_size - 1)  # of the other ranks in the result; or two, of all tiles
         return {
             "one_shot_bytes": self.one_shot_bytes,
             "sentinel_bytes": self.sentinel_bytes,

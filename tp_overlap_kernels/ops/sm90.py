@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
+from ..dispatch.defaults import KERNEL_PARAMS_SM90
 from ..kernels.gemm import Schedule
 from ..kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
+from ..kernels.start import Start
 from ..memory.arena import Arena
 from ..memory.turn import stream_of
 from .arena_words import DTYPE_CODES, of_arena
 from .operands import describe
+from .start import start_with
 
 
 def run(
@@ -33,7 +36,7 @@ def run(
     if bias is not None and bias.data_ptr() % 4:
         bias = bias.clone()
     a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
-    cut = (plan["block_n"], plan["stagings"], plan["cluster_m"], plan["cluster_n"])
+    cut = tuple(plan[name] for name in KERNEL_PARAMS_SM90)
     numbers = (plan["group_m"], plan["lead"], plan["piece"], plan["senders"])
     issued = IssuedSm90(
         arena,
@@ -44,6 +47,7 @@ def run(
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
         (SCHEDULES[op][cut], *numbers, word),
     )
+    issued.see(b if b_map.base is b else None)
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
 
@@ -77,12 +81,19 @@ class IssuedSm90:
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
     rest: tuple[Schedule, int, int, int, int, int]  # schedule, group_m, lead, piece, senders, call hash
+    start: Start = Start.IN_ORDER  # of the next launch
+
+    def see(self, b: Tensor | None) -> None:
+        """To be called before each launch with the weight that it reads; None: a copy of it."""
+        self.start = start_with(self.arena, b)
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""
         launcher = self.arena.cache.get(self.op) or _launcher(self.arena, self.op)
         bias_ptr = bias_ptr if self.bias_ptr else 0
-        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index))
+        launcher(
+            a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, self.start, stream_of(self.arena.device.index)
+        )
         return True
 
     def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Any:

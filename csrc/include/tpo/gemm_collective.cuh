@@ -28,11 +28,14 @@
 //   taken    consumers -> courier or fetcher: that partial has been added, and another follows.
 //   staged   consumers -> courier: the tile, or the sum, lies in the buffer. The fetcher arrives, too, for every tile, once
 //            it has seen the buffer free: no phase of `free` can then pass it by.
+// Launched ahead (TpoStart), blocks come where those of the kernel before have ended, while others of it still wait for the
+// link; then loads of b, if it is known to be at rest, may begin. All else comes after that kernel's end.
 // A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
 // peers fail, too, and at its end it fills all of out with NaN.
 #pragma once
 
 #include "api.h"
+#include "tpo/dependent_launch.cuh"
 #include "tpo/gemm_owners.cuh"
 #include "tpo/gemm_tile.cuh"
 #include "tpo/signal.cuh"
@@ -49,8 +52,9 @@ constexpr int kFetcherWarp = 3;
 constexpr int kCollectiveProducerRegisters = 56;
 constexpr int kCollectiveConsumerRegisters = 224;
 
+// kTmaAdds: see gemm_collector.cuh.
 template <int kTileN_, int kClusterRows_, int kClusterCols_, int kStages_, int kStagings_, int kTransitBoxes_,
-          bool kTraced_ = false>
+          bool kTmaAdds_ = false, bool kTraced_ = false>
 struct CollectiveShape : GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kStages_, kTileN_ / kBoxCols> {
   using Gemm = GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kStages_, kTileN_ / kBoxCols>;
   static constexpr int kStagings = kStagings_;  // buffers of one tile each
@@ -58,12 +62,15 @@ struct CollectiveShape : GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kSt
   static constexpr uint32_t kStagingBytes = kStagings * kTileBytes;
   static constexpr int kTileBoxes = kTileBytes / kChunkBytes;
   static constexpr int kTransitBoxes = kTransitBoxes_;  // for what passes through beside the tiles
+  static constexpr bool kTmaAdds = kTmaAdds_;
+  static constexpr bool kFetches = kStagings == 2 && !kTmaAdds;
   static constexpr bool kTraced = kTraced_;
-  using Traced = CollectiveShape<kTileN_, kClusterRows_, kClusterCols_, kStages_, kStagings_, kTransitBoxes_, true>;
+  using Traced =
+      CollectiveShape<kTileN_, kClusterRows_, kClusterCols_, kStages_, kStagings_, kTransitBoxes_, kTmaAdds_, true>;
   static constexpr uint32_t kTransitOffset =
       (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
-  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (4 + 3 * kStagings + kTransitBoxes) * 8;
+  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (5 + 3 * kStagings + kTransitBoxes) * 8;
   static_assert(kSharedBytes <= 227 * 1024);
   static_assert(kStagings == 1 || kStagings == 2);
 };
@@ -81,7 +88,8 @@ struct CollectiveMemory : BlockMemory<Shape> {
   __device__ uint32_t begun() const { return word(kOthers + 1); }  // its only phase ends when the next two are right
   __device__ uint32_t epoch() const { return word(kOthers + 2); }
   __device__ uint32_t failed() const { return word(kOthers + 3); }
-  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 4 + box); }
+  __device__ uint32_t kept() const { return word(kOthers + 4); }  // tiles that the courier has brought to out
+  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 5 + box); }
 
  private:
   static constexpr uint32_t kOthers = 3 * Shape::kStagings;
@@ -94,7 +102,7 @@ template <typename Shape>
 __device__ __forceinline__ void init_collective_barriers(const CollectiveMemory<Shape>& memory) {
   constexpr int kConsumerWarps = kConsumers * (kWarpgroupThreads / 32);
   for (int buffer = 0; buffer < Shape::kStagings; ++buffer) {
-    barrier_init(memory.staged(buffer), kConsumerWarps + (Shape::kStagings == 2));
+    barrier_init(memory.staged(buffer), kConsumerWarps + Shape::kFetches);
     barrier_init(memory.free(buffer), 1);
     barrier_init(memory.partial(buffer), 1);
   }
@@ -102,6 +110,7 @@ __device__ __forceinline__ void init_collective_barriers(const CollectiveMemory<
   barrier_init(memory.begun(), 1);
   for (int box = 0; box < Shape::kTransitBoxes; ++box) barrier_init(memory.landed(box), 1);
   put_shared(memory.failed(), 0);
+  put_shared(memory.kept(), 0);
   publish_barrier_inits();
 }
 
@@ -175,7 +184,7 @@ struct Courier {
     if (blockIdx.x == 0 && !failed) {
       for (int turn = 1; turn < args.world_size; ++turn) {
         const int peer = (args.rank + turn) % args.world_size;
-        notify_relaxed(header_of(args, peer, args.rank, epoch), word);  // relaxed: it publishes no data
+        notify(header_of(args, peer, args.rank, epoch), word);  // what we have read in calls before may be written
       }
     }
   }
@@ -188,6 +197,16 @@ struct Courier {
       const Waiter who{op, args.rank, peer, 0, call_word(staged, 0), 0};
       const int64_t* slot = word_at(args, args.rank, args.done_offset, peer);
       failed = wait(slot, nullptr, who, args.control, args.record, args.timeout_ns) != kOk;
+    }
+  }
+
+  // Each peer has begun this call, and so has left all before it: before anything is pushed to where those were read.
+  __device__ __forceinline__ void await_begun() {
+    for (int turn = 1; turn < args.world_size && !failed; ++turn) {
+      const int peer = (args.rank + turn) % args.world_size;
+      const Waiter who{op, args.rank, peer, 0, word, 0};
+      const int64_t* header = header_of(args, args.rank, peer, word >> 16);
+      failed = wait(header, nullptr, who, args.control, args.record, args.timeout_ns) != kOk;
     }
   }
 
@@ -217,7 +236,7 @@ struct Courier {
   // the flags of what was sent are raised, for which a busy link lets us wait. Nothing may be waited for here: a peer may
   // wait for one of those flags. Returns whether it is on its way.
   __device__ __forceinline__ bool fetch_early(bool found, const Work& next) {
-    if (Shape::kStagings != 1 || !found || next.owner != args.rank || failed) return false;
+    if (Shape::kFetches || !found || next.owner != args.rank || failed) return false;
     const int peer = args.rank == 0 ? 1 : 0;  // at the first place in rank order
     // relaxed: fetch_partial acquires
     if (peek_relaxed(partial_flag(args, peer, args.rank, next.tile)) >> 16 < word >> 16) return false;
@@ -236,7 +255,8 @@ struct Courier {
 
   __device__ __forceinline__ void await_staged(const Work& work) {
     barrier_wait(memory.staged(buffer.slot), buffer.parity);
-    if (Shape::kStagings == 2) failed = failed || get_shared(memory.failed()) != 0;  // in a wait of the fetcher
+    // in a wait of the fetcher or the collector
+    if (Shape::kFetches || Shape::kTmaAdds) failed = failed || get_shared(memory.failed()) != 0;
     trace.of(work.owner, work.tile);
     trace.end(TPO_TRACE_AWAIT_TILE);
   }
@@ -304,18 +324,25 @@ struct Courier {
     }
   }
 
-  // End a call that gives peers no other sign that its loads of staging are over: the last block raises `done`. From a
-  // failed wait on nothing is written into a peer's memory, this word neither.
-  __device__ __forceinline__ void leave() {
-    if (count_arrival(args.control + TPO_CONTROL_LEFT) != gridDim.x - 1) return;
-    local_poke_relaxed(args.control + TPO_CONTROL_LEFT, 0);
-    local_poke_relaxed(args.control + TPO_CONTROL_STAGED, word >> 16);
-    for (int turn = 1; turn < args.world_size && !failed; ++turn) {
-      const int peer = (args.rank + turn) % args.world_size;
-      notify(word_at(args, peer, args.done_offset, args.rank), call_word(word >> 16, 0));
-    }
+  // The tile that was last stored to out lies there: the collector may add to it.
+  __device__ __forceinline__ void keep(int64_t tiles) {
+    wait_stores_written<0>();
+    order_with_tma();
+    publish_shared(memory.kept(), tiles);
   }
 };
+
+// End a call that gives peers no other sign that its loads of staging are over, by a thread of each block: the last one
+// raises `done`. From a failed wait on nothing is written into a peer's memory, this word neither.
+__device__ __forceinline__ void leave(const TpoGemmCollectiveArgs& args, int64_t word, bool failed) {
+  if (count_arrival(args.control + TPO_CONTROL_LEFT) != gridDim.x - 1) return;
+  local_poke_relaxed(args.control + TPO_CONTROL_LEFT, 0);
+  local_poke_relaxed(args.control + TPO_CONTROL_STAGED, word >> 16);
+  for (int turn = 1; turn < args.world_size && !failed; ++turn) {
+    const int peer = (args.rank + turn) % args.world_size;
+    notify(word_at(args, peer, args.done_offset, args.rank), call_word(word >> 16, 0));
+  }
+}
 
 // By a warp of which a wait has failed in this call: all of out is NaN. Other blocks may have stored sums, or be about to,
 // of what came in time: hence the delay.
@@ -413,8 +440,19 @@ __device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& param
                                            const CollectiveMemory<Shape>& memory, uint32_t rank_in_cluster) {
   RingPosition<Shape::kStages> ring;
   Itinerary<Shape, Owners> itinerary(params.owners, params.args, rank_in_cluster);
-  for (Work work; itinerary.next(&work);) {
-    load_tile<Shape>(memory, ring, &params.a, &params.b, work.row_a, work.in_sum.col, params.k_blocks, rank_in_cluster);
+  const PlaceInCluster<Shape> place(rank_in_cluster);
+  Work work;
+  bool found = itinerary.next(&work);
+  int begun = 0;
+  if (found && params.args.start == TPO_START_WEIGHTS_AHEAD) {
+    const TileLoads<Shape> loads{memory, &params.a, &params.b, work.row_a, work.in_sum.col, place};
+    for (begun = 0; begun < min(params.k_blocks, Shape::kStages); ++begun) loads.load_b(begun, begun);
+  }
+  wait_for_kernels_before();
+  let_next_kernel_begin();  // there is room for a block of it where one of ours has ended
+  for (; found; found = itinerary.next(&work), begun = 0) {
+    const TileLoads<Shape> loads{memory, &params.a, &params.b, work.row_a, work.in_sum.col, place};
+    loads.load(ring, params.k_blocks, begun);
   }
 }
 
@@ -456,7 +494,7 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
     trace.end(TPO_TRACE_MULTIPLY);
     epilogue.await_free();  // an own tile's partial has then been fetched, or could be: only the phase is counted
     if (work.owner == args.rank) {
-      epilogue.add_partials(sum, args.world_size);
+      if constexpr (!Shape::kTmaAdds) epilogue.add_partials(sum, args.world_size);
       if (args.gemm.bias) add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
     }
     epilogue.hand_over(sum);

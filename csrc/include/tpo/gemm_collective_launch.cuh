@@ -14,7 +14,8 @@ constexpr int kMaxWorldOfGemm = 8;
 inline bool is_sound(const TpoGemmCollectiveArgs& args) {
   return is_sound(args.gemm) && args.world_size >= 2 && args.world_size <= kMaxWorldOfGemm && args.rank >= 0 &&
          args.rank < args.world_size && args.blocks > 0 && args.lead_tiles >= 0 && args.piece_bytes >= 256 &&
-         args.piece_bytes % 16 == 0 && args.senders >= 0;
+         args.piece_bytes % 16 == 0 && args.senders >= 0 && args.start >= TPO_START_IN_ORDER &&
+         args.start <= TPO_START_WEIGHTS_AHEAD;
 }
 
 // Whether each of an owner's peers can stage its tiles, and raise a flag for each.
@@ -37,10 +38,11 @@ cudaError_t launch_collective(void (*kernel)(CollectiveParams<Owners>), Collecti
   if (const cudaError_t error = make_map(&params->b, b, Shape::kRowsOfBLoaded)) return error;
   if (const cudaError_t error = make_map(&params->out, out, kRowsOfWarpgroup)) return error;
   params->k_blocks = divide_up(gemm.K, kTileK);
-  const int tiles = params->owners.tiles_per_owner() * params->args.world_size;
+  const int tiles = steps_of(params->owners, params->args.world_size);
   const int room = std::min(params->args.blocks / Shape::kCluster, resident_clusters<Shape>(kernel));
   if (room == 0) return cudaErrorInvalidConfiguration;
-  return launch_clusters<Shape>(kernel, std::min(tiles, room), params, stream);
+  const bool ahead = params->args.start != TPO_START_IN_ORDER;
+  return launch_clusters<Shape>(kernel, std::min(tiles, room), params, stream, ahead);
 }
 
 // By TpoGemmSchedule; null where a schedule is not for these kernels.

@@ -46,25 +46,29 @@ cudaError_t allow_shared(void (*kernel)(Params)) {
 
 template <typename Shape>
 struct ClusterLaunch {
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
 
-  ClusterLaunch(int clusters, cudaStream_t stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {Shape::kCluster, 1, 1};
+  // ahead: blocks may begin while the kernel before on the stream still runs, and wait by themselves.
+  ClusterLaunch(int clusters, cudaStream_t stream, bool ahead) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {Shape::kCluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = dim3(clusters * Shape::kCluster);
     config.blockDim = dim3(kGemmThreads);
     config.dynamicSmemBytes = Shape::kSharedBytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = ahead ? 2 : 1;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;  // it points at itself
 };
 
 template <typename Shape, typename Params>
-cudaError_t launch_clusters(void (*kernel)(Params), int clusters, Params* params, cudaStream_t stream) {
-  const ClusterLaunch<Shape> launch(clusters, stream);
+cudaError_t launch_clusters(void (*kernel)(Params), int clusters, Params* params, cudaStream_t stream,
+                            bool ahead = false) {
+  const ClusterLaunch<Shape> launch(clusters, stream, ahead);
   void* parameters[] = {params};
   return cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), parameters);
 }
@@ -78,7 +82,7 @@ int resident_clusters(void (*kernel)(Params)) {
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   clusters = known[device].load(std::memory_order_relaxed);
   if (clusters == 0) {
-    const ClusterLaunch<Shape> launch(1, nullptr);
+    const ClusterLaunch<Shape> launch(1, nullptr, false);
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) return 0;
     known[device].store(clusters, std::memory_order_relaxed);
   }

@@ -57,6 +57,11 @@ struct TileOwners {
   }
 };
 
+// Between two ranks: both compute every tile of the whole product, in one order. Rank 0 counts as the owner of all.
+struct SharedTiles {
+  TileGrid grid;
+};
+
 // What is computed in a step: which tile (`number`) of the rank that comes how many after ours (returned; world_size:
 // ourselves). run: tiles of an owner.
 // lead = 0: all tiles of the next rank, then of the one after it, ..., our own last.
@@ -89,6 +94,32 @@ __host__ __device__ __forceinline__ int turn_of(int step, int run, int world_siz
   return turn;
 }
 
+// Steps of a call, in all blocks together. Where owners have unequal numbers of tiles, nothing is computed in some.
+template <typename Owners>
+__host__ __device__ __forceinline__ int steps_of(const Owners& owners, int world_size) {
+  return world_size * owners.tiles_per_owner();
+}
+
+__host__ __device__ __forceinline__ int steps_of(const SharedTiles& tiles, int) { return tiles.grid.tiles(); }
+
+template <typename Shape, typename Owners>
+__device__ __forceinline__ bool find_step(const Owners& owners, const TpoGemmCollectiveArgs& args, int step, int wave,
+                                          uint32_t rank_in_cluster, Work* work) {
+  int number;
+  const int turn = turn_of(step, owners.tiles_per_owner(), args.world_size, args.lead_tiles, wave, &number);
+  return owners.template find<Shape>((args.rank + turn) % args.world_size, number, rank_in_cluster, work);
+}
+
+template <typename Shape>
+__device__ __forceinline__ bool find_step(const SharedTiles& tiles, const TpoGemmCollectiveArgs&, int step, int,
+                                          uint32_t rank_in_cluster, Work* work) {
+  work->owner = 0;
+  work->tile = step * Shape::kCluster + static_cast<int>(rank_in_cluster);
+  work->in_sum = tile_of<Shape>(tiles.grid, step, rank_in_cluster);
+  work->row_a = work->in_sum.row;
+  return true;
+}
+
 // The tiles of a block, in the same order for each of its roles.
 template <typename Shape, typename Owners>
 class Itinerary {
@@ -98,18 +129,15 @@ class Itinerary {
 
   __device__ __forceinline__ bool next(Work* work) {
     bool found = false;
-    const int run = owners_.tiles_per_owner();
     while (!found && !is_over()) {
-      int number;
-      const int turn = turn_of(step_, run, args_.world_size, args_.lead_tiles, clusters(), &number);
-      found = owners_.template find<Shape>((args_.rank + turn) % args_.world_size, number, rank_in_cluster_, work);
+      found = find_step<Shape>(owners_, args_, step_, clusters(), rank_in_cluster_, work);
       step_ += clusters();
     }
     return found;
   }
 
   // No other tile comes. Where it is false, steps may be left in which no owner has a tile.
-  __device__ __forceinline__ bool is_over() const { return step_ >= args_.world_size * owners_.tiles_per_owner(); }
+  __device__ __forceinline__ bool is_over() const { return step_ >= steps_of(owners_, args_.world_size); }
 
  private:
   __device__ __forceinline__ int clusters() const { return gridDim.x / Shape::kCluster; }

@@ -112,6 +112,17 @@ __device__ __forceinline__ int64_t get_shared(uint32_t from) {
   return word;
 }
 
+// Release and acquire, within the block.
+__device__ __forceinline__ void publish_shared(uint32_t to, int64_t word) {
+  asm volatile("st.release.cta.shared::cta.b64 [%0], %1;" ::"r"(to), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ int64_t peek_shared(uint32_t from) {
+  int64_t word;
+  asm volatile("ld.acquire.cta.shared::cta.b64 %0, [%1];" : "=l"(word) : "r"(from) : "memory");
+  return word;
+}
+
 // ---- other ways to meet -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -57,6 +57,13 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, int row, int c
                : "memory");
 }
 
+// Add the box to what lies there, by the L2 cache: each element is rounded once, to nearest even, subnormals kept.
+__device__ __forceinline__ void add_box(const CUtensorMap* map, int row, int col, uint32_t from) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(col), "r"(row), "r"(from)
+               : "memory");
+}
+
 // Bytes as they lie, between shared memory and anywhere in global memory, a peer's too. Multiples of 16.
 __device__ __forceinline__ void store_bytes(void* to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)

@@ -203,7 +203,7 @@ typedef struct TpoGemmCollectiveArgs {
   int32_t lead_tiles;  /* own tiles begin after so many pairs of tiles of each peer; 0: after all. Equal on all ranks */
   int32_t piece_bytes; /* of a tile that goes to a peer, two on their way at a time: a multiple of 16, at least 256 */
   int32_t senders;     /* so many blocks send a tile at a time, in the order in which they have one; 0: all */
-  int32_t start;       /* TpoStart */
+  int32_t start;       /* TpoStart, but not TPO_START_WEIGHTS_AHEAD */
   TpoTraceInterval* trace; /* device, zeros: blocks x TPO_TRACE_ROLES x trace_intervals; bf16 alone. Null: no trace */
   int64_t trace_intervals;
 } TpoGemmCollectiveArgs;

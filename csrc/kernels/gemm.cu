@@ -89,9 +89,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm(const __grid_constant__ 
     if (threadIdx.x == 0) {
       for (int tile_id = cluster; tile_id < tiles; tile_id += clusters) {
         const Tile tile = tile_of<Shape>(params.grid, tile_id, rank_in_cluster);
-        const TileLoads<Shape> loads{memory,   &params.a, &params.b,
-                                     tile.row, tile.col,  PlaceInCluster<Shape>(rank_in_cluster)};
-        loads.load(ring, params.k_blocks);
+        load_tile<Shape>(memory, ring, &params.a, &params.b, tile.row, tile.col, params.k_blocks, rank_in_cluster);
       }
     }
   } else {  // the consumers

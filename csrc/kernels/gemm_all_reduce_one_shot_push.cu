@@ -91,7 +91,7 @@ __device__ __forceinline__ bool collect_tiles(const Params& params, const Collec
   for (Work work; itinerary.next(&work);) {
     const Waiter who{kOpAllReduce, args.rank, peer, work.tile, call.word, 0};
     failed = add_peers_tile(args, collector, trace, work, ++kept, flag_of(params, args.rank, work.tile),
-                            partial_of<Shape>(params, args.rank, work.tile), who, failed);
+                            partial_of<Shape>(params, args.rank, work.tile), who, itinerary.is_over(), failed);
   }
   return failed && !call.failed_before;
 }
@@ -111,8 +111,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     init_collective_barriers(memory);
   }
   __syncwarp();
-  cluster_barrier_relaxed();                        // the barriers' inits have been published
-  if (threadIdx.x != 0) wait_for_kernels_before();  // that thread may first load what is at rest
+  cluster_barrier_relaxed();  // the barriers' inits have been published
+  wait_for_kernels_before();
+  let_next_kernel_begin();  // there is room for a block of it where one of ours has ended
 
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();

@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push(cons
     init_collective_barriers(memory);
   }
   __syncwarp();
-  cluster_barrier_relaxed();                        // the barriers' inits have been published
-  if (threadIdx.x != 0) wait_for_kernels_before();  // that thread may first load what is at rest
+  cluster_barrier_relaxed();  // the barriers' inits have been published
+  wait_for_kernels_before();
+  let_next_kernel_begin();  // there is room for a block of it where one of ours has ended
 
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();

@@ -79,7 +79,7 @@ __device__ __forceinline__ bool collect_tiles(const Params& params, const Collec
     if (work.owner != args.rank) continue;
     const Waiter who{kOpReduceScatter, args.rank, peer, work.tile, call.word, 0};
     failed = add_peers_tile(args, collector, trace, work, ++kept, partial_flag(args, peer, args.rank, work.tile),
-                            staged_partial<Shape>(args, peer, args.rank, work.tile), who, failed);
+                            staged_partial<Shape>(args, peer, args.rank, work.tile), who, itinerary.is_over(), failed);
   }
   if (threadIdx.x % 32 == 0) leave(args, call.word, failed);
   return failed && !call.failed_before;
@@ -99,8 +99,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1) gemm_reduce_scatter_push_add(
     init_collective_barriers(memory);
   }
   __syncwarp();
-  cluster_barrier_relaxed();                        // the barriers' inits have been published
-  if (threadIdx.x != 0) wait_for_kernels_before();  // that thread may first load what is at rest
+  cluster_barrier_relaxed();  // the barriers' inits have been published
+  wait_for_kernels_before();
+  let_next_kernel_begin();  // there is room for a block of it where one of ours has ended
 
   if (warpgroup == 0) {
     give_registers<kCollectiveProducerRegisters>();

@@ -57,7 +57,7 @@ def launch(monkeypatch, op, **changes):
         pytest.param({"lead_tiles": -1}, id="negative lead"),
         pytest.param({"piece_bytes": 0}, id="pieces of nothing"),
         pytest.param({"piece_bytes": 264}, id="pieces that are not aligned"),
-        pytest.param({"start": 3}, id="no way to begin"),
+        pytest.param({"start": Start.WEIGHTS_AHEAD}, id="no way to begin"),
         pytest.param({"senders": -1}, id="fewer senders than none"),
         pytest.param({"M": 513}, id="more tiles than staging holds"),
         pytest.param({"tile_slots": 3}, id="more tiles than flags"),

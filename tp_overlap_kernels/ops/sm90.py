@@ -21,7 +21,6 @@ from ..memory.arena import Arena
 from ..memory.turn import stream_of
 from .arena_words import DTYPE_CODES, of_arena
 from .operands import describe
-from .start import start_with
 
 
 def run(
@@ -38,6 +37,8 @@ def run(
     a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
     cut = tuple(plan[name] for name in KERNEL_PARAMS_SM90)
     numbers = (plan["group_m"], plan["lead"], plan["piece"], plan["senders"])
+    # Blocks that wait for this rank's would take the room of another rank's.
+    start = Start.IN_ORDER if arena.topology.ranks_per_device > 1 else Start.LAUNCHED_AHEAD
     issued = IssuedSm90(
         arena,
         op,
@@ -45,9 +46,8 @@ def run(
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (SCHEDULES[op][cut], *numbers, word),
+        (SCHEDULES[op][cut], *numbers, word, start),
     )
-    issued.see(b if b_map.base is b else None)
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
 
@@ -80,19 +80,14 @@ class IssuedSm90:
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Schedule, int, int, int, int, int]  # schedule, group_m, lead, piece, senders, call hash
-    start: Start = Start.IN_ORDER  # of the next launch
-
-    def see(self, b: Tensor | None) -> None:
-        """To be called before each launch with the weight that it reads; None: a copy of it."""
-        self.start = start_with(self.arena, b)
+    rest: tuple[Schedule, int, int, int, int, int, Start]  # schedule, group_m, lead, piece, senders, call hash
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""
         launcher = self.arena.cache.get(self.op) or _launcher(self.arena, self.op)
         bias_ptr = bias_ptr if self.bias_ptr else 0
         launcher(
-            a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, self.start, stream_of(self.arena.device.index)
+            a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index)
         )
         return True
 

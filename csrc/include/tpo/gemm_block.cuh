@@ -131,40 +131,24 @@ __device__ __forceinline__ void load_share(uint32_t to, const CUtensorMap* map, 
   }
 }
 
-// What a block loads of a tile's stages: its share of the rows of a from row_a on, and of b from row_b on.
+// Load one tile's stages: rows of a from row_a on, rows of b from row_b on, of which this block loads its share.
 template <typename Shape>
-struct TileLoads {
-  const BlockMemory<Shape>& memory;
-  const CUtensorMap *a, *b;
-  int row_a, row_b;
-  PlaceInCluster<Shape> place;
-
-  // All of them. Of the first `begun` stages, which are at the beginning of the ring, b has been loaded.
-  __device__ __forceinline__ void load(RingPosition<Shape::kStages>& ring, int k_blocks, int begun = 0) const {
-    for (int k = 0; k < k_blocks; ++k) {
-      if (k >= begun) {
-        barrier_wait(memory.empty(ring.slot), ring.parity ^ 1);
-        load_b(ring.slot, k);
-      }
-      load_a(ring.slot, k);
-      ring.advance();
-    }
+__device__ __forceinline__ void load_tile(const BlockMemory<Shape>& memory, RingPosition<Shape::kStages>& ring,
+                                          const CUtensorMap* a, const CUtensorMap* b, int row_a, int row_b,
+                                          int k_blocks, uint32_t rank_in_cluster) {
+  const PlaceInCluster<Shape> place(rank_in_cluster);
+  const int own_row_a = place.col * Shape::kRowsOfALoaded, own_row_b = place.row * Shape::kRowsOfBLoaded;
+  for (int k = 0; k < k_blocks; ++k) {
+    const uint32_t full = memory.full(ring.slot);
+    barrier_wait(memory.empty(ring.slot), ring.parity ^ 1);
+    barrier_arrive_expecting(full, Shape::kStageBytes);
+    load_share<(Shape::kClusterCols > 1)>(memory.a(ring.slot) + own_row_a * kBoxRowBytes, a, row_a + own_row_a,
+                                          k * kTileK, full, place.with_these_rows());
+    load_share<(Shape::kClusterRows > 1)>(memory.b(ring.slot) + own_row_b * kBoxRowBytes, b, row_b + own_row_b,
+                                          k * kTileK, full, place.with_these_cols());
+    ring.advance();
   }
-
-  // To a stage that is free; it is full when a has come, too.
-  __device__ __forceinline__ void load_b(uint32_t stage, int k) const {
-    const int own = place.row * Shape::kRowsOfBLoaded;
-    barrier_arrive_expecting(memory.full(stage), Shape::kStageBytes);
-    load_share<(Shape::kClusterRows > 1)>(memory.b(stage) + own * kBoxRowBytes, b, row_b + own, k * kTileK,
-                                          memory.full(stage), place.with_these_cols());
-  }
-
-  __device__ __forceinline__ void load_a(uint32_t stage, int k) const {
-    const int own = place.col * Shape::kRowsOfALoaded;
-    load_share<(Shape::kClusterCols > 1)>(memory.a(stage) + own * kBoxRowBytes, a, row_a + own, k * kTileK,
-                                          memory.full(stage), place.with_these_rows());
-  }
-};
+}
 
 // This warp reads the stage no more: told to every block that may write into it, by a lane each. sharer: of this lane.
 template <typename Shape>

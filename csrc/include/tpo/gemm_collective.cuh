@@ -29,7 +29,7 @@
 //   staged   consumers -> courier: the tile, or the sum, lies in the buffer. The fetcher arrives, too, for every tile, once
 //            it has seen the buffer free: no phase of `free` can then pass it by.
 // Launched ahead (TpoStart), blocks come where those of the kernel before have ended, while others of it still wait for the
-// link; then loads of b, if it is known to be at rest, may begin. All else comes after that kernel's end.
+// link; they prepare their barriers and wait for its end.
 // A wait that fails raises `failed` for the consumers, whose sums are then NaN; from then on the block sends nothing, so that
 // peers fail, too, and at its end it fills all of out with NaN.
 #pragma once
@@ -440,19 +440,8 @@ __device__ __forceinline__ void load_tiles(const CollectiveParams<Owners>& param
                                            const CollectiveMemory<Shape>& memory, uint32_t rank_in_cluster) {
   RingPosition<Shape::kStages> ring;
   Itinerary<Shape, Owners> itinerary(params.owners, params.args, rank_in_cluster);
-  const PlaceInCluster<Shape> place(rank_in_cluster);
-  Work work;
-  bool found = itinerary.next(&work);
-  int begun = 0;
-  if (found && params.args.start == TPO_START_WEIGHTS_AHEAD) {
-    const TileLoads<Shape> loads{memory, &params.a, &params.b, work.row_a, work.in_sum.col, place};
-    for (begun = 0; begun < min(params.k_blocks, Shape::kStages); ++begun) loads.load_b(begun, begun);
-  }
-  wait_for_kernels_before();
-  let_next_kernel_begin();  // there is room for a block of it where one of ours has ended
-  for (; found; found = itinerary.next(&work), begun = 0) {
-    const TileLoads<Shape> loads{memory, &params.a, &params.b, work.row_a, work.in_sum.col, place};
-    loads.load(ring, params.k_blocks, begun);
+  for (Work work; itinerary.next(&work);) {
+    load_tile<Shape>(memory, ring, &params.a, &params.b, work.row_a, work.in_sum.col, params.k_blocks, rank_in_cluster);
   }
 }
 

@@ -14,8 +14,8 @@ constexpr int kMaxWorldOfGemm = 8;
 inline bool is_sound(const TpoGemmCollectiveArgs& args) {
   return is_sound(args.gemm) && args.world_size >= 2 && args.world_size <= kMaxWorldOfGemm && args.rank >= 0 &&
          args.rank < args.world_size && args.blocks > 0 && args.lead_tiles >= 0 && args.piece_bytes >= 256 &&
-         args.piece_bytes % 16 == 0 && args.senders >= 0 && args.start >= TPO_START_IN_ORDER &&
-         args.start <= TPO_START_WEIGHTS_AHEAD;
+         args.piece_bytes % 16 == 0 && args.senders >= 0 &&
+         (args.start == TPO_START_IN_ORDER || args.start == TPO_START_LAUNCHED_AHEAD);
 }
 
 // Whether each of an owner's peers can stage its tiles, and raise a flag for each.

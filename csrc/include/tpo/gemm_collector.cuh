@@ -41,24 +41,42 @@ struct Collector {
         coming.advance();
         next = inside(tile, next + 1);
       }
-      send_on(tile, box);
+      barrier_wait(memory.landed(going.slot), going.parity);
+      to_out(tile, box, memory.transit(going.slot));
+      end_store_group();
+      if (next < Shape::kTileBoxes) wait_stores_read<0>();  // its place is loaded into next
+      going.advance();
       --on_their_way;
     }
+    wait_stores_read<0>();
+  }
+
+  // The same for the last tile of the block, when its products are over: the stages have room for all of it at a time.
+  __device__ __forceinline__ void bring_last(const char* from, const Tile& tile) {
+    constexpr int kParts = Shape::kTransitBoxes, kBoxes = Shape::kTileBoxes / kParts;
+    static_assert(kParts * kBoxes == Shape::kTileBoxes && Shape::kTileBytes <= Shape::kStages * Shape::kStageBytes);
+    order_with_tma();
+    for (int part = 0; part < kParts; ++part) {
+      const int offset = part * kBoxes * kChunkBytes;
+      barrier_arrive_expecting(memory.landed(coming.slot), kBoxes * kChunkBytes);
+      load_bytes(memory.a(0) + offset, from + offset, kBoxes * kChunkBytes, memory.landed(coming.slot));
+      coming.advance();
+    }
+    for (int box = 0; box < Shape::kTileBoxes; ++box) {
+      if (box % kBoxes == 0) {
+        barrier_wait(memory.landed(going.slot), going.parity);
+        going.advance();
+      }
+      if (is_inside(tile, box)) to_out(tile, box, memory.a(0) + box * kChunkBytes);
+    }
+    end_store_group();
+    wait_stores_read<0>();
   }
 
   // This box, or the first behind it, that has something of out.
   __device__ __forceinline__ int inside(const Tile& tile, int box) const {
     while (box < Shape::kTileBoxes && !is_inside(tile, box)) ++box;
     return box;
-  }
-
-  // Its place may be loaded into afterwards.
-  __device__ __forceinline__ void send_on(const Tile& tile, int box) {
-    barrier_wait(memory.landed(going.slot), going.parity);
-    to_out(tile, box, memory.transit(going.slot));
-    end_store_group();
-    wait_stores_read<0>();
-    going.advance();
   }
 
   __device__ __forceinline__ void to_out(const Tile& tile, int box, uint32_t from) {
@@ -103,11 +121,12 @@ __device__ __forceinline__ CollectedCall await_call(const TpoGemmCollectiveArgs&
 
 // Where a block's own tile lies in out, and the peer's partial of it in the arena, add that. By a warp, for each of the
 // block's tiles that it keeps, in the order in which the courier brings them; failed: as it was after the one before.
-// flag, from: of the peer's partial. Returns whether a wait has failed.
+// flag, from: of the peer's partial. last: the block computes no other. Returns whether a wait has failed.
 template <typename Shape>
 __device__ __forceinline__ bool add_peers_tile(const TpoGemmCollectiveArgs& args, Collector<Shape>& collector,
                                                Trace<Shape::kTraced>& trace, const Work& work, int64_t tiles_kept,
-                                               const int64_t* flag, const char* from, Waiter who, bool failed) {
+                                               const int64_t* flag, const char* from, Waiter who, bool last,
+                                               bool failed) {
   const CollectiveMemory<Shape>& memory = collector.memory;
   if (threadIdx.x % 32 == 0) {
     while (peek_shared(memory.kept()) < tiles_kept) __nanosleep(64);
@@ -117,7 +136,8 @@ __device__ __forceinline__ bool add_peers_tile(const TpoGemmCollectiveArgs& args
       if (failed) put_shared(memory.failed(), 1);
       trace.of(work.owner, work.tile);
       trace.end(TPO_TRACE_AWAIT_SUM);
-      if (!failed) collector.bring(from, work.in_sum);
+      if (!failed && last) collector.bring_last(from, work.in_sum);
+      if (!failed && !last) collector.bring(from, work.in_sum);
       trace.end(TPO_TRACE_COPY);
     }
   }

@@ -137,12 +137,10 @@ enum TpoGemmSchedule {
   TPO_GEMM_128X128_PAIR_TWO_STAGINGS = 3, /* not tpo_gemm, and so from here on */
   TPO_GEMM_128X128_ROW_TWO_STAGINGS = 4,  /* reduce-scatter alone */
   TPO_GEMM_128X64_ROW_TWO_STAGINGS = 5,   /* reduce-scatter alone */
-  /* tpo_gemm_all_reduce_one_shot and tpo_gemm_reduce_scatter_add alone, and those no others */
-  TPO_GEMM_128X256_PAIR_ADD = 6,
-  TPO_GEMM_128X128_PAIR_ADD = 7,
-  TPO_GEMM_128X128_PAIR_TWO_STAGINGS_ADD = 8,
-  TPO_GEMM_128X128_ROW_TWO_STAGINGS_ADD = 9, /* reduce-scatter alone */
-  TPO_GEMM_128X64_ROW_TWO_STAGINGS_ADD = 10
+  TPO_GEMM_128X256_PAIR_ADD =
+      6, /* tpo_gemm_all_reduce_one_shot and tpo_gemm_reduce_scatter_add alone, as those below */
+  TPO_GEMM_128X128_PAIR_ADD = 7,             /* all-reduce alone */
+  TPO_GEMM_128X128_PAIR_TWO_STAGINGS_ADD = 8 /* reduce-scatter alone */
 };
 
 /* What a thread of a block did, for how long and for which tile of whom; clocks as %globaltimer has them. Zeros: nothing. */

@@ -158,10 +158,7 @@ constexpr CollectiveVariant kVariants[] = {{},
                                            {},
                                            {},
                                            variant<Host, CollectiveShape<256, 2, 1, 3, 1, 2, true>>(),
-                                           variant<Host, CollectiveShape<128, 2, 1, 5, 1, 4, true>>(),
-                                           variant<Host, CollectiveShape<128, 2, 1, 4, 2, 4, true>>(),
-                                           {},
-                                           variant<Host, CollectiveShape<64, 1, 2, 7, 2, 2, true>>()};
+                                           variant<Host, CollectiveShape<128, 2, 1, 5, 1, 4, true>>()};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 
 }  // namespace

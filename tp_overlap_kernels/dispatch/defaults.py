@@ -29,13 +29,10 @@ DECODE_MIN_K = 256  # of a part: four stages
 # The CUDA kernels for Hopper that there are: columns of a tile, buffers on the way to peers (more have no room), rows
 # and columns of blocks in a cluster, and whether the copy engine adds, between two ranks (an all-reduce then in one
 # shot).
-_KERNELS_SM90 = (
-    *((128, 1, 2, 1, 0), (128, 2, 2, 1, 0), (256, 1, 2, 1, 0)),
-    *((128, 1, 2, 1, 1), (128, 2, 2, 1, 1), (256, 1, 2, 1, 1), (64, 2, 1, 2, 1)),
-)
+_KERNELS_SM90 = ((128, 1, 2, 1, 0), (128, 2, 2, 1, 0), (256, 1, 2, 1, 0), (256, 1, 2, 1, 1))
 KERNELS_SM90 = {
-    "gemm_all_reduce": _KERNELS_SM90,
-    "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 1, 2, 0), (64, 2, 1, 2, 0), (128, 2, 1, 2, 1)),
+    "gemm_all_reduce": (*_KERNELS_SM90, (128, 1, 2, 1, 1)),
+    "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 2, 1, 1), (128, 2, 1, 2, 0), (64, 2, 1, 2, 0)),
 }
 KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n", "tma_adds")
 # Tiles of each peer before the first own one: one wave of 66 pairs of blocks. So many blocks send at a time as fill the

@@ -15,24 +15,19 @@ from tp_overlap_kernels import native
 from . import gemm
 from .start import Start
 
-_ROW = gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8)
-_NARROW_ROW = gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8)
 _ANY = {  # by columns of a tile, staging buffers of a block, rows and columns of blocks in a cluster, whether TMA adds
     (256, 1, 2, 1, 0): gemm.LARGE,
     (128, 1, 2, 1, 0): gemm.SMALL,
     (128, 2, 2, 1, 0): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
     (256, 1, 2, 1, 1): dataclasses.replace(gemm.LARGE, code=6),
-    (128, 1, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=7),
-    (128, 2, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=8),
-    (64, 2, 1, 2, 1): dataclasses.replace(_NARROW_ROW, code=10),
 }
 SCHEDULES = {
-    "gemm_all_reduce": _ANY,
+    "gemm_all_reduce": _ANY | {(128, 1, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=7)},
     "gemm_reduce_scatter": _ANY
     | {
-        (128, 2, 1, 2, 0): _ROW,
-        (64, 2, 1, 2, 0): _NARROW_ROW,
-        (128, 2, 1, 2, 1): dataclasses.replace(_ROW, code=9),
+        (128, 2, 1, 2, 0): gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8),
+        (64, 2, 1, 2, 0): gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8),
+        (128, 2, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=8),
     },
 }
 _OF_TWO = {"gemm_all_reduce": "gemm_all_reduce_one_shot", "gemm_reduce_scatter": "gemm_reduce_scatter_add"}

@@ -46,7 +46,7 @@ namespace tpo {
 // Threads of the producer warpgroup; thread 0 loads what is multiplied.
 constexpr int kCourierWarp = 1;
 constexpr int kTransitWarp = 2;
-constexpr int kFetcherWarp = 3;
+constexpr int kFetcherWarp = 3;  // or the keeper
 
 // 128 * 56 + 256 * 224 of 63 Ki: the waits for peers take more than loads do.
 constexpr int kCollectiveProducerRegisters = 56;
@@ -70,7 +70,7 @@ struct CollectiveShape : GemmShape<kTileN_, 1, kClusterRows_, kClusterCols_, kSt
   static constexpr uint32_t kTransitOffset =
       (Gemm::kSharedBytes - kTileBytes + kStagingBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr uint32_t kWordsOffset = kTransitOffset + kTransitBoxes * kChunkBytes;
-  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (5 + 3 * kStagings + kTransitBoxes) * 8;
+  static constexpr uint32_t kSharedBytes = kSwizzleBytes + kWordsOffset + (5 + 4 * kStagings + kTransitBoxes) * 8;
   static_assert(kSharedBytes <= 227 * 1024);
   static_assert(kStagings == 1 || kStagings == 2);
 };
@@ -88,8 +88,11 @@ struct CollectiveMemory : BlockMemory<Shape> {
   __device__ uint32_t begun() const { return word(kOthers + 1); }  // its only phase ends when the next two are right
   __device__ uint32_t epoch() const { return word(kOthers + 2); }
   __device__ uint32_t failed() const { return word(kOthers + 3); }
-  __device__ uint32_t kept() const { return word(kOthers + 4); }  // tiles that the courier has brought to out
-  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 5 + box); }
+  __device__ uint32_t kept() const { return word(kOthers + 4); }  // tiles that have been brought to out
+  __device__ uint32_t carried(uint32_t buffer) const {
+    return word(kOthers + 5 + buffer);
+  }  // tiles, out of this buffer
+  __device__ uint32_t landed(uint32_t box) const { return word(kOthers + 5 + Shape::kStagings + box); }
 
  private:
   static constexpr uint32_t kOthers = 3 * Shape::kStagings;
@@ -105,6 +108,7 @@ __device__ __forceinline__ void init_collective_barriers(const CollectiveMemory<
     barrier_init(memory.staged(buffer), kConsumerWarps + Shape::kFetches);
     barrier_init(memory.free(buffer), 1);
     barrier_init(memory.partial(buffer), 1);
+    put_shared(memory.carried(buffer), 0);
   }
   barrier_init(memory.taken(), kConsumerWarps);
   barrier_init(memory.begun(), 1);

@@ -94,6 +94,25 @@ _SM90 = {  # columns of a tile, staging buffers, cluster, lead, bytes of a piece
         (256, 1, _PAIR, 66, *_PIECES, 2048),
     ),
 }
+# The same between two ranks, where the L2 cache adds. An all-reduce has no lead: what is given says nothing.
+_SM90_ADD = {
+    GEMM_ALL_REDUCE: (
+        (128, 1, _PAIR, 66, _WHOLE, _BY_TURNS, 256),
+        (128, 1, _PAIR, 66, _WHOLE, 32, 512),
+        (128, 1, _PAIR, 66, 2048, _BY_TURNS, 256),
+        (128, 1, _PAIR, 66, *_PIECES, 256),
+        (256, 1, _PAIR, 66, _WHOLE, 16, 2048),
+        (256, 1, _PAIR, 66, 2048, 32, 1024),
+    ),
+    GEMM_REDUCE_SCATTER: (
+        (128, 2, _PAIR, 0, _WHOLE, _BY_TURNS, 512),
+        (128, 2, _PAIR, 66, _WHOLE, _BY_TURNS, 512),
+        (128, 2, _PAIR, 66, _WHOLE, 32, 1024),
+        (128, 2, _PAIR, 66, 2048, _BY_TURNS, 1024),
+        (256, 1, _PAIR, 0, 2048, 32, 1024),
+        (256, 1, _PAIR, 66, _WHOLE, 16, 2048),
+    ),
+}
 _CHUNKS = ((2, 1), (2, 2), (2, 4), (4, 4))  # of the peer's rows, of the own rows
 
 
@@ -123,12 +142,13 @@ def _staged(name: str) -> list[Candidate]:
 
 
 def _sm90(op: str) -> list[Candidate]:
-    """One for each row of _SM90."""
+    """One for each row of _SM90 and _SM90_ADD."""
     found = []
-    for cols, stagings, (down, across), lead, piece, senders, least in _SM90[op]:
-        link = (("lead", lead), ("piece", piece), ("senders", senders))
-        plan = Plan("sm90", (*plan_of_kernel((cols, stagings, down, across, 0)).params, ("group_m", 8), *link))
-        found.append(Candidate(str(plan), least))
+    for name, rows in (("sm90", _SM90[op]), ("sm90_add", _SM90_ADD[op])):
+        for cols, stagings, (down, across), lead, piece, senders, least in rows:
+            link = (("group_m", 8), ("lead", lead), ("piece", piece), ("senders", senders))
+            plan = Plan(name, (*plan_of_kernel(name, (cols, stagings, down, across)).params, *link))
+            found.append(Candidate(str(plan), least, most_ranks=2 if name == "sm90_add" else ANY))
     return found
 
 

@@ -216,7 +216,7 @@ def timeline(
     seed: Seed = 0,
     commit: Commit = None,
 ) -> None:
-    """Draw what the blocks of one call did when, as rank 0 saw it. For the CUDA kernels of the plan sm90, bf16."""
+    """Draw what the blocks of one call did when, as rank 0 saw it. For the plans sm90 and sm90_add, bf16."""
     from .timeline import TimelineOptions, record
 
     try:

@@ -1,7 +1,7 @@
 """`timeline`: what every block of one call did when, as a picture and as shares of its time.
 
-The CUDA kernels of the plan sm90 tell it themselves: a thread of each role writes when each of its steps ended
-(csrc/include/tpo/trace.cuh), in builds made for that. The call that is drawn is the last of a row of equal ones, so
+The CUDA kernels of the plans sm90 and sm90_add tell it themselves: a thread of each role writes when each of its steps
+ended (csrc/include/tpo/trace.cuh), in builds made for that. The call that is drawn is the last of a row of equal ones, so
 that the ranks are as close together as calls in a row are. It pays for the clocks it reads and the stores of the trace.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tp_overlap_kernels.dispatch.defaults import SM90_PLANS
 from tp_overlap_kernels.kernels.gemm_collectives import TRACE_ROLES, TRACE_STEPS
 
 from . import report
@@ -113,7 +114,9 @@ def record(world: World, options: TimelineOptions) -> int:
     with provider.active(), torch.inference_mode():
         call(inputs.weights[0])
         torch.cuda.synchronize()
-        with sm90.traced(arenas.get(world.group_name), options.op, INTERVALS) as trace:
+        name = (provider.plan(case) or "").split(":")[0]
+        name = name if name in SM90_PLANS else SM90_PLANS[0]  # of another plan nothing will be written
+        with sm90.traced(arenas.get(world.group_name), name, options.op, INTERVALS) as trace:
             world.barrier()
             for number in range(CALLS):
                 call(inputs.weights[number % len(inputs.weights)])

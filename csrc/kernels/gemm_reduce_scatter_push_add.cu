@@ -4,7 +4,7 @@
 //
 // a, b, out: as in gemm.cu. out: the rows [r * c, min(M, (r + 1) * c)), c = ceil(M / 2), on rank r. Any M; N a multiple
 //   of 8, by the strides.
-// Rounding: f32 over K, and the bias on the owner; each rank's product is rounded to the wire dtype; the sum of the two is
+// Rounding: f32 over K, and the bias on rank 0; each rank's product is rounded to the wire dtype; the sum of the two is
 //   rounded once more.
 // Bytes: a rank sends M*N*itemsize / 2, the tiles at the edges whole.
 //

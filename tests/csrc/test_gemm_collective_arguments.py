@@ -12,7 +12,7 @@ from tp_overlap_kernels.kernels.start import Start
 pytestmark = pytest.mark.skipif(
     not native.LIBRARY_PATH.exists(), reason="needs libtpo_kernels.so: install the package where nvcc and cmake are"
 )
-OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
+OPS = tuple(SCHEDULES)  # and plans
 ARENA = {f"{name}_ptr": 4096 for name in ("base_table", "control", "record")}
 ARENA |= dict.fromkeys(("header_offset", "done_offset", "partial_flags_offset", "result_flags_offset"), 0)
 ARENA |= {"staging_offset": 0, "result_offset": 0, "timeout_ns": 0, "rank": 0, "world_size": 2, "blocks": 132}
@@ -22,7 +22,6 @@ RIGHT |= {
     "a_stride": 64,
     "b_stride": 64,
     "dtype_code": 0,
-    "schedule": gemm.LARGE,
     "group_rows": 8,
     "lead_tiles": 0,
     "piece_bytes": 4096,
@@ -32,15 +31,16 @@ RIGHT |= {
 }
 
 
-def launch(monkeypatch, op, **changes):
-    """Launch with something changed, without loading kernels."""
+def launch(monkeypatch, of, **changes):
+    """Launch with something changed, without loading kernels. of: plan and op."""
     monkeypatch.setattr(native, "check", lambda error, what: None)
-    launcher = GemmCollectiveLauncher(op, **(ARENA | ROOM | {k: v for k, v in changes.items() if k in ARENA | ROOM}))
+    launcher = GemmCollectiveLauncher(*of, **(ARENA | ROOM | {k: v for k, v in changes.items() if k in ARENA | ROOM}))
     monkeypatch.undo()
-    launcher(**(RIGHT | {k: v for k, v in changes.items() if k in RIGHT}))
+    wide = {"schedule": SCHEDULES[of][256, 1, 2, 1]}
+    launcher(**(RIGHT | wide | {k: v for k, v in changes.items() if k in RIGHT | wide}))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS, ids="-".join)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -64,16 +64,16 @@ def launch(monkeypatch, op, **changes):
     ],
 )
 def test_it_is_refused(monkeypatch, op, changes):
-    with pytest.raises(TpOverlapError, match=rf"{op}: .*invalid argument"):
+    with pytest.raises(TpOverlapError, match=rf"{op[1]}: .*invalid argument"):
         launch(monkeypatch, op, **changes)
 
 
 def test_more_sums_than_the_arena_takes_are_refused(monkeypatch):
     with pytest.raises(TpOverlapError, match=r"invalid argument"):
-        launch(monkeypatch, "gemm_all_reduce", result_bytes=2 * TILE_BYTES[256] - 1)
+        launch(monkeypatch, ("sm90", "gemm_all_reduce"), result_bytes=2 * TILE_BYTES[256] - 1)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS, ids="-".join)
 @pytest.mark.parametrize(
     ("intervals", "dtype_code", "reason"),
     [(0, 0, "invalid argument"), (8, 1, "invalid argument"), (8, 0, "driver")],
@@ -83,24 +83,24 @@ def test_a_trace_needs_room_and_bf16(monkeypatch, op, intervals, dtype_code, rea
     if reason == "driver" and torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
     monkeypatch.setattr(native, "check", lambda error, what: None)
-    launcher = GemmCollectiveLauncher(op, **(ARENA | ROOM))
+    launcher = GemmCollectiveLauncher(*op, **(ARENA | ROOM))
     monkeypatch.undo()
     launcher.trace(4096, intervals)
-    with pytest.raises(TpOverlapError, match=rf"{op}: .*{reason}"):
-        launcher(**(RIGHT | {"dtype_code": dtype_code}))
+    with pytest.raises(TpOverlapError, match=rf"{op[1]}: .*{reason}"):
+        launcher(**(RIGHT | {"schedule": SCHEDULES[op][256, 1, 2, 1], "dtype_code": dtype_code}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS, ids="-".join)
 def test_what_is_right_comes_as_far_as_the_driver(monkeypatch, op):
     for schedule in SCHEDULES[op].values():
-        with pytest.raises(TpOverlapError, match=rf"{op}: .*driver"):
+        with pytest.raises(TpOverlapError, match=rf"{op[1]}: .*driver"):
             launch(monkeypatch, op, schedule=schedule, tile_slots=16, result_bytes=4 * TILE_BYTES[256])
-    with pytest.raises(TpOverlapError, match=rf"{op}: the CUDA kernels could not be loaded: .*driver"):
-        GemmCollectiveLauncher(op, **(ARENA | ROOM))
+    with pytest.raises(TpOverlapError, match=rf"{op[1]}: the CUDA kernels could not be loaded: .*driver"):
+        GemmCollectiveLauncher(*op, **(ARENA | ROOM))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS, ids="-".join)
 @pytest.mark.parametrize("empty", ["M", "N"])
 def test_nothing_to_compute_launches_nothing(monkeypatch, op, empty):
     launch(monkeypatch, op, **{empty: 0})

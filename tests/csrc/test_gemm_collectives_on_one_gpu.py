@@ -26,10 +26,12 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason="needs libtpo_kernels.so: install the package where nvcc is"),
 ]
 
-SCATTER, SUM = OPS = ("gemm_reduce_scatter", "gemm_all_reduce")
+SCATTER, SUM = ("sm90", "gemm_reduce_scatter"), ("sm90", "gemm_all_reduce")
+ADDS = ("sm90_add", "gemm_reduce_scatter"), ("sm90_add", "gemm_all_reduce")  # two ranks alone
+OPS = (SCATTER, SUM, *ADDS)  # plan and op
+SUMS = (SUM, ADDS[1])
 KERNELS = [(op, cut) for op in OPS for cut in SCHEDULES[op]]
 EVERY = [(op, cut, lead) for (op, cut), lead in itertools.product(KERNELS, (0, 1, 3))]
-TMA_ADDS = 4  # place in a cut: whether the copy engine adds, which it does between two ranks
 # Bytes of a piece (some of a tile, all of it, such as do not divide it) and how many blocks send at a time.
 WAYS = ((4096, 0), (1 << 16, 1), (4112, 3))
 DATA = 5  # sets of operands that the calls of a row take in turn: what an older call left is other data
@@ -55,7 +57,7 @@ class Rank:
     control: torch.Tensor
     record: torch.Tensor
     stream: torch.cuda.Stream
-    launch: dict[str, GemmCollectiveLauncher]
+    launch: dict[tuple[str, str], GemmCollectiveLauncher]
 
 
 class Group:
@@ -80,7 +82,7 @@ class Group:
         room = self.room
         launch = {
             op: GemmCollectiveLauncher(
-                op,
+                *op,
                 base_table_ptr=self.bases.data_ptr(),
                 control_ptr=control.data_ptr(),
                 record_ptr=record.data_ptr(),
@@ -103,7 +105,17 @@ class Group:
         return Rank(arena, control, record, torch.cuda.Stream(), launch)
 
     def enqueue(
-        self, rank: int, op: str, cut: tuple[int, ...], a, b, bias, out, call_hash=7, lead: int = 0, way=(4096, 0)
+        self,
+        rank: int,
+        op: tuple[str, str],
+        cut: tuple[int, ...],
+        a,
+        b,
+        bias,
+        out,
+        call_hash=7,
+        lead: int = 0,
+        way=(4096, 0),
     ) -> None:
         (M, K), N, member = a.shape, b.shape[0], self.ranks[rank]
         bias_ptr = 0 if bias is None else bias.data_ptr()
@@ -119,20 +131,20 @@ class Group:
 
 def those_of(world_size: int, calls: list) -> list:
     """Without the kernels of two ranks, for another number."""
-    return [call for call in calls if world_size == 2 or not call[1][TMA_ADDS]]
+    return [call for call in calls if world_size == 2 or call[0] not in ADDS]
 
 
-def with_bias_in_product(part: truth.Truth, bias: torch.Tensor, rank: int) -> truth.Truth:
-    """Where the copy engine adds, this rank rounds its product with the bias."""
+def with_bias_in_product(part: truth.Truth, bias: torch.Tensor) -> truth.Truth:
+    """Where the L2 cache adds, rank 0 rounds its product with the bias."""
     partials = part.partials.clone()
-    partials[rank] += bias.double()
+    partials[0] += bias.double()
     return dataclasses.replace(part, partials=partials)
 
 
 def play(
     group: Group,
     case: Case,
-    calls: list[tuple[str, tuple[int, ...], int]],
+    calls: list[tuple[tuple[str, str], tuple[int, ...], int]],
     kind: str,
     with_bias: bool,
     late: int | None = None,
@@ -144,7 +156,7 @@ def play(
     exacts = [truth.gemm_all_reduce(case, kind, i, with_bias, "cuda") for i in range(min(DATA, len(calls)))]
     outs = []
     for op, _, _ in calls:
-        rows = [case.M if op == SUM else case.rows_of(r).stop - case.rows_of(r).start for r in range(W)]
+        rows = [case.M if op in SUMS else case.rows_of(r).stop - case.rows_of(r).start for r in range(W)]
         outs.append([torch.full((n + 1, case.N), torch.nan, dtype=case.dtype, device="cuda") for n in rows])
     torch.cuda.synchronize()
     for rank in range(W):
@@ -160,14 +172,14 @@ def play(
     for i, ((op, cut, lead), out) in enumerate(zip(calls, outs, strict=True)):
         exact = exacts[i % DATA]
         for rank in range(W):
-            part = exact if op == SUM else exact.rows(case.rows_of(rank))
-            if with_bias and cut[TMA_ADDS]:
-                part = with_bias_in_product(part, biases[i % DATA], 0 if op == SUM else rank)
-            what = f"call {i}, {op}, kernel {cut}, lead {lead}, rank {rank}"
+            part = exact if op in SUMS else exact.rows(case.rows_of(rank))
+            if with_bias and op in ADDS:
+                part = with_bias_in_product(part, biases[i % DATA])
+            what = f"call {i}, {' '.join(op)}, kernel {cut}, lead {lead}, rank {rank}"
             got, around = out[rank][:-1], out[rank][-1]
             check_bits(got, part, what) if kind == "integer" else check(got, part, tolerance(part), what)
             assert around.isnan().all(), f"{what}: a row past the end was written"
-            if op == SUM:
+            if op in SUMS:
                 assert torch.equal(got.view(torch.int16), out[0][:-1].view(torch.int16)), f"{what}: other bits"
 
 
@@ -182,7 +194,7 @@ def test_sums_are_right_in_any_order_of_calls(world_size, case, with_bias):
     assert all(member.control[EPOCH] == 4 * len(every) + 2 for member in group.ranks)
 
 
-@pytest.mark.parametrize("cut", [cut for cut in SCHEDULES[SCATTER] if not cut[TMA_ADDS]])
+@pytest.mark.parametrize("cut", list(SCHEDULES[SCATTER]))
 def test_a_rank_without_rows_hears_from_every_peer_and_they_from_it(cut):
     W, case = 4, Case(1, 64, 64, BF16, 4, "fewer rows than ranks")
     group = Group(W)
@@ -232,14 +244,16 @@ def test_a_traced_call_gives_the_same_and_tells_of_every_tile(op, cut):
             for block in range(blocks):
                 some = [each for each in intervals if (each.block, each.role) == (block, role)]
                 assert all(one.begin_ns <= one.end_ns == two.begin_ns for one, two in itertools.pairwise(some))
-        copied = {(SUM, 0): 0.5, (SUM, 1): 1, (SCATTER, 0): 0, (SCATTER, 1): 0.5}[op, cut[TMA_ADDS]]
+        copied = dict(zip(OPS, (0, 0.5, 0.5, 1), strict=True))[op]
         assert sum(each.step == "copy" for each in intervals) == len(multiplied) * copied
 
 
-def run_alone(group: Group, op: str, cut: tuple[int, ...], call_hashes: dict[int, int]) -> list[torch.Tensor]:
+def run_alone(
+    group: Group, op: tuple[str, str], cut: tuple[int, ...], call_hashes: dict[int, int]
+) -> list[torch.Tensor]:
     """Only the ranks of `call_hashes` call."""
     case = Case(512, 256, 64, BF16, len(group.ranks), "alone")
-    rows = {r: case.M if op == SUM else 256 for r in call_hashes}
+    rows = {r: case.M if op in SUMS else 256 for r in call_hashes}
     outs = {r: torch.zeros(rows[r], case.N, dtype=BF16, device="cuda") for r in call_hashes}
     ab = [tuple(x.cuda() for x in inputs.operands(case, r)) for r in range(len(group.ranks))]
     torch.cuda.synchronize()
@@ -255,7 +269,7 @@ def test_a_peer_that_never_comes_is_named_and_the_output_is_nan(op, cut):
     (out,) = run_alone(group, op, cut, {1: 7})
     record = group.ranks[1].record
     assert out.isnan().all()
-    assert [record[i] for i in (STATE, CODE, OP, RANK, PEER)] == [2, TIMEOUT, 1 if op == SUM else 2, 1, 0]
+    assert [record[i] for i in (STATE, CODE, OP, RANK, PEER)] == [2, TIMEOUT, 1 if op in SUMS else 2, 1, 0]
     assert record[WANTED] == (1 << 16 | 7)
     assert group.ranks[1].control[FAILED] == 1
 

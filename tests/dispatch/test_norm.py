@@ -44,7 +44,7 @@ def rows(M, H=8192, world_size=2):
         pytest.param(gemm(GEMM, 64), h200(), "unfused_sentinel_norm", id="decode of more rows"),
         pytest.param(gemm(GEMM, 32), h200(native=False), "unfused_one_shot_norm", id="without the CUDA library"),
         pytest.param(gemm(GEMM, 33), h200(native=False), "one_shot", id="one row more: the sum's own plan, without it"),
-        pytest.param(gemm(GEMM, 4096), h200(), "sm90", id="prefill"),
+        pytest.param(gemm(GEMM, 4096), h200(), "sm90_add", id="prefill"),
         pytest.param(gemm(GEMM, 8192, K=14784), h200(), "chunked", id="prefill with a very long GEMM"),
         pytest.param(gemm(GEMM, 4), cpu("interp"), "unfused_one_shot_norm", id="interpreted"),
         pytest.param(gemm(GEMM, 4, world_size=1), cpu("interp", 1), "local", id="one rank, interpreted"),

@@ -60,13 +60,13 @@ RULES = [
         "rows of 1000 do not fit, 40000 bytes would",
     ),
     (gemm(AR, 511), h200(), "unfused_two_shot", "too few tiles to hide anything, too long for one-shot"),
-    (gemm(AR, 512), h200(), "sm90", "the first M of the CUDA kernels"),
+    (gemm(AR, 512), h200(), "sm90_add", "the first M of the CUDA kernels"),
     (gemm(AR, 512), h200(native=False), "unfused_two_shot", "no CUDA library"),
     (gemm(AR, 256, world_size=4), h200(4), "unfused_two_shot", "three peers would each get 4 MiB"),
-    (gemm(AR, 1024), h200(), "sm90", "prefill"),
+    (gemm(AR, 1024), h200(), "sm90_add", "prefill"),
     (gemm(AR, 1024), h200(native=False), "two_shot", "prefill without the CUDA library"),
     (gemm(AR, 8192, K=14784), h200(), "chunked", "prefill with a very long GEMM"),
-    (gemm(AR, 4096, K=14784), h200(), "sm90", "copies too small for the copy engine"),
+    (gemm(AR, 4096, K=14784), h200(), "sm90_add", "copies too small for the copy engine"),
     (gemm(AR, 8192, K=14784, world_size=4), h200(4), "sm90", "chunked is for two ranks"),
     (gemm(AR, 8192, N=4100), h200(), "two_shot", "rows that the copy engine cannot store"),
     (gemm(AR, 8192, N=120), h200(), "two_shot", "less than a tile across"),
@@ -79,7 +79,10 @@ RULES = [
     (gemm(RS, 512), h200(), "sm90", "one row more"),
     (gemm(RS, 512), h200(native=False), "unfused_push", "without the CUDA library"),
     (gemm(RS, 513), h200(native=False), "push", "one row more"),
-    (gemm(RS, 8192), h200(), "sm90", "prefill with a long GEMM"),
+    (gemm(RS, 8192), h200(), "sm90_add", "prefill with a long GEMM"),
+    (gemm(RS, 1024, K=1024), h200(), "sm90_add", "the link takes as long"),
+    (gemm(RS, 8192, K=2048), h200(), "sm90", "neither"),
+    (gemm(AR, 1024, world_size=4), h200(4), "sm90", "more than two ranks"),
     (gemm(RS, 8192), h200(native=False), "chunked", "without the CUDA library"),
     (gemm(RS, 8192, world_size=3), h200(3), "sm90", "a world that divides nothing"),
     (gemm(RS, 8192, world_size=3), h200(3, native=False), "push", "and no CUDA library"),
@@ -259,6 +262,8 @@ def test_the_choice_does_not_depend_on_the_order_of_the_entries():
             h200(),
             "stagings=2,cluster_m=2,cluster_n=1; there are block_n=128,stagings=1",
         ),
+        ("sm90_add", gemm(AR, 4096, world_size=4), h200(4), "sm90_add works with world_size=2, not 4"),
+        ("sm90_add:stagings=2", gemm(AR, 64), h200(), "no kernel with block_n=128,stagings=2"),
         ("sm90:stagings=3", gemm(AR, 64), h200(), "no kernel with block_n=128,stagings=3"),
         (
             "sm90:cluster_m=1,cluster_n=2",
@@ -326,6 +331,22 @@ def test_tiles_and_their_order_of_the_kernels_for_hopper(problem, given, expecte
     assert (plan["group_m"], plan["piece"]) == (8, 2048 if plan["block_n"] == 256 else 65536)
     whole = f"sm90:block_n={plan['block_n']},stagings={plan['stagings']}"
     assert plan == select(problem, h200(problem.world_size), forced=whole)  # and so has the same call hash
+
+
+@pytest.mark.parametrize(
+    ("problem", "given", "expected"),
+    [
+        (gemm(AR, 4096, K=2048), "", (128, 66, 1, 65536, 24)),
+        (gemm(AR, 1024, K=4096), "", (128, 66, 1, 2048, 24)),
+        (gemm(AR, 2048, K=4096), "", (256, 0, 1, 2048, 32)),
+        (gemm(AR, 2048, K=4096), ":block_n=128", (128, 66, 1, 2048, 24)),
+        (gemm(RS, 1024, K=1024), "", (128, 66, 2, 65536, 24)),
+        (gemm(RS, 8192, K=4096), "", (256, 0, 1, 2048, 32)),
+    ],
+)
+def test_tiles_of_the_kernels_for_hopper_that_the_l2_cache_adds(problem, given, expected):
+    plan = select(problem, h200(), forced="sm90_add" + given)
+    assert tuple(plan[name] for name in ("block_n", "lead", "stagings", "piece", "senders")) == expected
 
 
 def test_several_plans_can_be_forced_so_that_every_op_finds_its_own():

@@ -14,7 +14,7 @@ from tests.cases import GPU_ALL_REDUCE_CASES, GPU_CASES, Case, on
 from tests.ops.calls import group_name
 from tests.tolerance import Rounding, check, check_bites, tolerance
 from tests.truth import Truth
-from tp_overlap_kernels.dispatch.defaults import KERNELS_SM90, plan_of_kernel
+from tp_overlap_kernels.dispatch.defaults import KERNELS_SM90, SM90_PLANS, plan_of_kernel
 from tp_overlap_kernels.memory import arena as arenas
 
 MAX_M, MAX_N = 8192, 8192
@@ -24,7 +24,8 @@ OPS = torch.ops.tp_overlap
 def hopper(op: str) -> list[str]:
     """Each of the CUDA kernels for Hopper, sending whole tiles by turns, and small pieces at any time."""
     ways = ("", ",lead=3,piece=512,senders=0")
-    return [f"{plan_of_kernel(kernel)}{way}" for kernel in KERNELS_SM90[op] for way in ways]
+    kernels = [plan_of_kernel(name, kernel) for name in SM90_PLANS for kernel in KERNELS_SM90[name, op]]
+    return [f"{kernel}{way}" for kernel in kernels for way in ways]
 
 
 GEMM_PLANS = (

@@ -31,6 +31,7 @@ RULES = {
     "two_shot": (Rounding.OWNER_F32, SUM),
     "push": (Rounding.OWNER_F32, SUM),
     "sm90": (Rounding.WIRE, SUM),  # the owner's own stays in f32; owners have tiles there, not rows
+    "sm90_add": (Rounding.WIRE, RANK_0),
     "chunked": (Rounding.WIRE, TRAVELLER),  # cuBLAS may round the owner's product before it adds
     "unfused_one_shot": (Rounding.WIRE, RANK_0),
     "unfused_two_shot": (Rounding.WIRE, RANK_0),

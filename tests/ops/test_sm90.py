@@ -15,9 +15,7 @@ from tp_overlap_kernels.memory.layout import layout
 from tp_overlap_kernels.ops import gemm_all_reduce, gemm_reduce_scatter, launches, sm90
 
 M, N, K = 512, 256, 64
-PLAN = Plan.parse(
-    "sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9,cluster_m=2,cluster_n=1,tma_adds=0"
-)
+PLAN = Plan.parse("sm90:block_n=128,group_m=8,lead=5,stagings=2,piece=2048,senders=9,cluster_m=2,cluster_n=1")
 MODULES = [gemm_all_reduce, gemm_reduce_scatter]
 NAMES = (
     "a",
@@ -56,7 +54,7 @@ def kernel(request, monkeypatch):
     module = request.param
     tpo.init(max_M=1024, max_N=512)
     arena = arenas.get("local")
-    launcher = arena.cache[module.OP] = Launcher()
+    launcher = arena.cache["sm90", module.OP] = Launcher()
     monkeypatch.setattr(module, "plan_for", lambda *args: (PLAN, 7))
     monkeypatch.setattr(launches, "rows_of_whole_tiles", lambda *of: M)
     monkeypatch.setattr(sm90, "stream_of", lambda index: 77)
@@ -77,7 +75,7 @@ def test_a_call_and_its_like_hand_over_the_same(kernel, dtype, with_bias):
     bias = torch.zeros(N, dtype=dtype) if with_bias else None
     expected = {"a": a.data_ptr(), "b": b.data_ptr(), "bias": bias.data_ptr() if with_bias else 0}
     expected |= {"M": M, "N": N, "K": K, "a_stride": K, "b_stride": K, "group_rows": 8, "lead": 5, "piece": 2048}
-    expected |= {"schedule": SCHEDULES["gemm_all_reduce"][128, 2, 2, 1, 0], "senders": 9}
+    expected |= {"schedule": SCHEDULES["sm90", "gemm_all_reduce"][128, 2, 2, 1], "senders": 9}
     expected |= {"dtype": 0 if dtype == torch.bfloat16 else 1, "hash": 7, "start": Start.LAUNCHED_AHEAD, "stream": 77}
     for _ in range(3):  # the second and the third are known
         out = kernel.op(a, b, "local", bias)
@@ -120,8 +118,8 @@ def test_calls_are_traced_while_the_context_lasts():
     tpo.init(max_M=1024, max_N=512)
     arena = arenas.get("local")
     told = []
-    arena.cache["gemm_all_reduce"] = type("Launcher", (), {"trace": lambda self, *of: told.append(of)})()
-    with pytest.raises(ZeroDivisionError), sm90.traced(arena, "gemm_all_reduce", 5) as trace:
+    arena.cache["sm90", "gemm_all_reduce"] = type("Launcher", (), {"trace": lambda self, *of: told.append(of)})()
+    with pytest.raises(ZeroDivisionError), sm90.traced(arena, "sm90", "gemm_all_reduce", 5) as trace:
         assert told == [(trace.data_ptr(), 5)] and not trace.any()
         assert trace.shape == (arena.programs, len(TRACE_ROLES), 5, TRACE_WORDS) and trace.dtype == torch.int32
         raise ZeroDivisionError
@@ -133,12 +131,12 @@ def on_h200(W: int, **limits) -> Topology:
     return Topology("NVIDIA H200", "cuda", W, native=True, **limits)
 
 
-@pytest.mark.parametrize("op", KERNELS_SM90)
-def test_dispatch_knows_which_kernels_there_are(op):
-    schedules = SCHEDULES[op]
-    assert set(schedules) == set(KERNELS_SM90[op])
+@pytest.mark.parametrize("kernels", KERNELS_SM90, ids="-".join)
+def test_dispatch_knows_which_kernels_there_are(kernels):
+    schedules = SCHEDULES[kernels]
+    assert set(schedules) == set(KERNELS_SM90[kernels])
     assert len({schedule.code for schedule in schedules.values()}) == len(schedules)
-    for (cols, _, down, across, _), schedule in schedules.items():
+    for (cols, _, down, across), schedule in schedules.items():
         assert (schedule.rows, schedule.cols, schedule.blocks) == (128 * down, cols * across, down * across)
 
 
@@ -146,8 +144,8 @@ def test_dispatch_knows_which_kernels_there_are(op):
 @pytest.mark.parametrize(("max_M", "max_N"), [(8192, 8192), (2048, 4096), (4099, 1032)])
 @pytest.mark.parametrize("kernel", sorted({kernel for kernels in KERNELS_SM90.values() for kernel in kernels}), ids=str)
 def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_M, max_N, kernel):
-    room, (cols, _, down, across, _) = layout(max_M, max_N, 2, W), kernel
-    rows = rows_of_whole_tiles(max_N, plan_of_kernel(kernel), on_h200(W, **room.limits()))
+    room, (cols, _, down, across) = layout(max_M, max_N, 2, W), kernel
+    rows = rows_of_whole_tiles(max_N, plan_of_kernel("sm90", kernel), on_h200(W, **room.limits()))
 
     def fits(rows):
         owned = down * -(-(rows // W) // (128 * down)) * across * -(-max_N // (cols * across))  # tiles of an owner
@@ -167,7 +165,7 @@ def test_the_rows_that_fit_have_room_and_a_cluster_more_a_rank_would_not(W, max_
 def test_each_part_of_the_arena_may_be_what_limits(staged, slots, pairs):
     topology, wide = (
         on_h200(4, staged_bytes=staged * TILE_BYTES[256], tile_slots=slots),
-        plan_of_kernel((256, 1, 2, 1, 0)),
+        plan_of_kernel("sm90", (256, 1, 2, 1)),
     )
     assert rows_of_whole_tiles(256, wide, topology) == pairs * 4 * 256
     assert rows_of_whole_tiles(257, wide, topology) == pairs // 2 * 4 * 256

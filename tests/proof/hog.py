@@ -23,7 +23,13 @@ from tests.proof import payload, ranks
 from tests.proof.report import Found
 
 FREE_SMS = (1, 66)
-CLUSTERED = ("sm90", "chunked", "unfused_push", "unfused_sentinel")  # plans that need more than one SM to start
+CLUSTERED = (
+    "sm90",
+    "sm90_add",
+    "chunked",
+    "unfused_push",
+    "unfused_sentinel",
+)  # plans that need more than one SM to start
 HELD = tl.constexpr(65536)  # f32 values a CTA keeps in registers: 64 a thread
 WARPS = 32
 HOG_S = 8.0  # its own limit, longer than any timeout here

@@ -26,19 +26,21 @@ TILED = ("one_shot", "two_shot", "push")
 DECODE_WIDE_TILE_MIN_M, DECODE_SMS = 33, 132
 DECODE_MIN_K = 256  # of a part: four stages
 
-# The CUDA kernels for Hopper that there are: columns of a tile, buffers on the way to peers (more have no room), rows
-# and columns of blocks in a cluster, and whether the copy engine adds, between two ranks (an all-reduce then in one
-# shot).
-_KERNELS_SM90 = ((128, 1, 2, 1, 0), (128, 2, 2, 1, 0), (256, 1, 2, 1, 0), (256, 1, 2, 1, 1))
+# The CUDA kernels for Hopper that there are, by plan and op: columns of a tile, buffers on the way to peers (more have no
+# room), rows and columns of blocks in a cluster. sm90_add: between two ranks, the L2 cache adds.
+_KERNELS_SM90 = ((128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1))
 KERNELS_SM90 = {
-    "gemm_all_reduce": (*_KERNELS_SM90, (128, 1, 2, 1, 1)),
-    "gemm_reduce_scatter": (*_KERNELS_SM90, (128, 2, 2, 1, 1), (128, 2, 1, 2, 0), (64, 2, 1, 2, 0)),
+    ("sm90", "gemm_all_reduce"): _KERNELS_SM90,
+    ("sm90", "gemm_reduce_scatter"): (*_KERNELS_SM90, (128, 2, 1, 2), (64, 2, 1, 2)),
+    ("sm90_add", "gemm_all_reduce"): ((128, 1, 2, 1), (256, 1, 2, 1)),
+    ("sm90_add", "gemm_reduce_scatter"): ((128, 2, 2, 1), (256, 1, 2, 1)),
 }
-KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n", "tma_adds")
+SM90_PLANS = ("sm90", "sm90_add")
+KERNEL_PARAMS_SM90 = ("block_n", "stagings", "cluster_m", "cluster_n")
 # Tiles of each peer before the first own one: one wave of 66 pairs of blocks. So many blocks send at a time as fill the
 # link: with fewer it runs dry (12 of 128 columns: half as fast), with more their tiles all come late. Wide tiles, whose
 # products are long, go in pieces: behind a whole one the loads of the next product would wait.
-SM90 = {"group_m": 8, "lead": 66, "cluster_m": 2, "cluster_n": 1, "tma_adds": 0}
+SM90 = {"group_m": 8, "lead": 66, "cluster_m": 2, "cluster_n": 1}
 TURNS_SM90 = {  # by columns of a tile
     64: {"piece": 65536, "senders": 48},
     128: {"piece": 65536, "senders": 24},
@@ -50,6 +52,9 @@ TURNS_SM90 = {  # by columns of a tile
 # much. N=8192 K=4096: RS M=1024 104 us against 109; AR M=4096, under load, 467 against 514.
 SM90_WIDE_MIN_ELEMENTS = {"gemm_all_reduce": 4096 * 8192, "gemm_reduce_scatter": 1024 * 8192}
 SM90_WIDE_MIN_K = 3072
+# Where the L2 cache adds, no product waits for a partial, but the last wave's are on the link longer. N=8192 K=4096, AR,
+# under load: M=1024 117 by 128 columns; M=2048 233 and 234; M=4096 463 and 443.
+SM90_ADD_WIDE_MIN_ELEMENTS = 2048 * 8192
 SM90_STAGINGS = {"gemm_all_reduce": 1, "gemm_reduce_scatter": 2}  # of narrower tiles
 
 # Two chunks each for the peer's and the own rows: the best of 1, 2 and 4 nearly everywhere.
@@ -58,9 +63,9 @@ CHUNKS = {"chunks": 2, "own_chunks": 2}
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
-def plan_of_kernel(kernel: tuple[int, ...]) -> Plan:
+def plan_of_kernel(name: str, kernel: tuple[int, ...]) -> Plan:
     """The plan that names one of KERNELS_SM90, all else left open."""
-    return Plan("sm90", tuple(zip(KERNEL_PARAMS_SM90, kernel, strict=True)))
+    return Plan(name, tuple(zip(KERNEL_PARAMS_SM90, kernel, strict=True)))
 
 
 def default_params(
@@ -71,8 +76,8 @@ def default_params(
         return CHUNKS
     if name == "decode":
         return _decode(problem)
-    if name == "sm90":
-        return _sm90(problem, given.get("block_n"))
+    if name in SM90_PLANS:
+        return _sm90(name, problem, given.get("block_n"))
     if problem.op == "all_reduce" or name not in TILED:
         return {}
     if topology.backend == "interp":
@@ -97,11 +102,16 @@ def _decode(problem: Problem) -> dict[str, int]:
     return {"block_n": block_n, "splits": splits}
 
 
-def _sm90(problem: Problem, block_n: int | None) -> dict[str, int]:
-    op = problem.op
-    wide = problem.M * problem.N >= SM90_WIDE_MIN_ELEMENTS[op] and problem.K >= SM90_WIDE_MIN_K
+def _sm90(name: str, problem: Problem, block_n: int | None) -> dict[str, int]:
+    op, adds = problem.op, name == "sm90_add"
+    least = SM90_ADD_WIDE_MIN_ELEMENTS if adds else SM90_WIDE_MIN_ELEMENTS[op]
+    wide = problem.M * problem.N >= least and problem.K >= SM90_WIDE_MIN_K
     block_n = block_n or (256 if wide else 128)
     stagings = SM90_STAGINGS[op] if block_n < 256 else 1
     lead = -(-SM90["lead"] // (problem.world_size - 1))
+    if adds and block_n == 256:
+        lead = 0
     turns = TURNS_SM90.get(block_n, {"piece": 65536, "senders": 0})
+    if adds and problem.K >= SM90_WIDE_MIN_K:
+        turns = turns | {"piece": 2048}
     return SM90 | {"block_n": block_n, "stagings": stagings, "lead": lead} | turns

@@ -23,6 +23,7 @@ _SUMS = {
         "one_shot",
         "decode",
         "sm90",
+        "sm90_add",
         "chunked",
         "unfused_two_shot",
         "unfused_one_shot",
@@ -33,6 +34,7 @@ _SUMS = {
         "push",
         "one_shot",
         "sm90",
+        "sm90_add",
         "chunked",
         "unfused_push",
         "unfused_sentinel",
@@ -70,9 +72,8 @@ PARAM_NAMES = (
     "senders",
     "cluster_m",
     "cluster_n",
-    "tma_adds",
 )
-LEAST = {"lead": 0, "senders": 0, "tma_adds": 0}  # of all others 1
+LEAST = {"lead": 0, "senders": 0}  # of all others 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ..errors import InvalidInput
 from . import nodes_model
-from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, default_params, plan_of_kernel
+from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, SM90_WIDE_MIN_K, default_params, plan_of_kernel
 from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
@@ -39,6 +39,9 @@ UNFUSED_MAX_M = 512
 # The CUDA kernels for Hopper from here on: N=8192 K=4096 M=512 72.7 us against 76 of the Triton one, M=1024 125 against
 # 133. An all-reduce with K=14784 is the exception: 408 against 401 at M=1024.
 SM90_MIN_M, SM90_MIN_N = 512, 128
+# A reduce-scatter between two ranks that the L2 cache adds: N=8192 K=1024 M=1024 39.9 us against 43.2; N=4096 K=7168
+# M=8192 725 against 800, under load. Between these consumers add as fast, or faster.
+SM90_ADD_SCATTER_MAX_K, SM90_ADD_SCATTER_MIN_M = 1536, 2048
 # The collective then: one-shot up to here between two ranks (M=256, N=8192: 44.6 us with it, 48.6 with two-shot).
 UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
 # Chunked cuBLAS, W=2, needs copies large enough for the copy engine and a GEMM well longer than the transfer, which
@@ -184,7 +187,7 @@ def _served(name: str, problem: Problem) -> Problem:
 
 
 _CUDA_ONLY = (
-    *("decode", "sm90", "sentinel", "unfused_sentinel", "sentinel_norm", "unfused_sentinel_norm"),
+    *("decode", "sm90", "sm90_add", "sentinel", "unfused_sentinel", "sentinel_norm", "unfused_sentinel_norm"),
     *("nccl", "unfused_nccl"),
 )
 
@@ -254,11 +257,9 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     if problem.N % 8:
         return f"N must be a multiple of 8 for the copy engine, got {problem.N}"
     complete = _complete(plan, problem, topology)
-    kernel, kernels = tuple(complete[name] for name in KERNEL_PARAMS_SM90), KERNELS_SM90[problem.op]
+    kernel, kernels = tuple(complete[name] for name in KERNEL_PARAMS_SM90), KERNELS_SM90[plan.name, problem.op]
     if kernel not in kernels:
         return f"there is no kernel with {_named(kernel)}; there are {'; '.join(map(_named, kernels))}"
-    if complete["tma_adds"] and topology.world_size != 2:
-        return f"the copy engine adds between two ranks (tma_adds=1), not {topology.world_size}"
     if rows_of_whole_tiles(problem.N, complete, topology):
         return None
     rows, cols, _ = cluster_of(complete)
@@ -268,12 +269,18 @@ def _sm90_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
     )
 
 
+def _sm90_add_limit(plan: Plan, problem: Problem, topology: Topology) -> str | None:
+    if topology.world_size != 2:  # more than two partials would be rounded one after the other
+        return f"sm90_add works with world_size=2, not {topology.world_size}"
+    return _sm90_limit(plan, problem, topology)
+
+
 def _named(kernel: tuple[int, ...]) -> str:
-    return str(plan_of_kernel(kernel)).removeprefix("sm90:")
+    return str(plan_of_kernel("", kernel)).removeprefix(":")
 
 
 def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
-    """The most rows of a call that the plan sm90 runs in one piece: those of a cluster a rank at a time. 0: none.
+    """The most rows of a call that the plans sm90 and sm90_add run in one piece: those of a cluster a rank at a time. 0: none.
 
     It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends within them.
     """
@@ -283,7 +290,7 @@ def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
 
 
 def cluster_of(plan: Plan) -> tuple[int, int, int]:
-    """Of a complete plan sm90: rows and columns of the tiles that a cluster of blocks has at a time, and its blocks."""
+    """Of a complete plan sm90 or sm90_add: rows and columns of the tiles that a cluster of blocks has at a time, and its blocks."""
     down, across = plan["cluster_m"], plan["cluster_n"]
     return 128 * down, plan["block_n"] * across, down * across
 
@@ -308,6 +315,7 @@ _LIMITS: dict[str, Callable[[Plan, Problem, Topology], str | None]] = {
     "unfused_sentinel_norm": _sentinel_norm_limit,
     "decode": _decode_limit,
     "sm90": _sm90_limit,
+    "sm90_add": _sm90_add_limit,
     "chunked": _chunked_limit,
     "nccl": _nccl_limit,
     "unfused_nccl": _nccl_limit,
@@ -343,9 +351,13 @@ def _gemm_reduce_scatter(problem: Problem) -> list[tuple[str, str]]:
 
 
 def _sm90(problem: Problem) -> list[tuple[str, str]]:
-    """Its tiles are whole: with few columns most of each would be padding."""
-    fits = problem.M >= SM90_MIN_M and problem.N >= SM90_MIN_N
-    return [("sm90", f"M >= {SM90_MIN_M}: copies of a CUDA kernel hide behind its products")] if fits else []
+    """Their tiles are whole: with few columns most of each would be padding."""
+    if problem.M < SM90_MIN_M or problem.N < SM90_MIN_N:
+        return []
+    why = f"M >= {SM90_MIN_M}: copies of a CUDA kernel hide behind its products"
+    long = problem.M >= SM90_ADD_SCATTER_MIN_M and problem.K >= SM90_WIDE_MIN_K
+    gains = problem.op == "gemm_all_reduce" or problem.K <= SM90_ADD_SCATTER_MAX_K or long
+    return [("sm90_add", why)] * (problem.world_size == 2 and gains) + [("sm90", why)]
 
 
 def _chunked(problem: Problem, min_bytes: int, min_K: int) -> list[tuple[str, str]]:

@@ -13,25 +13,35 @@ import dataclasses
 from tp_overlap_kernels import native
 
 from . import gemm
-from .start import Start
 
-_ANY = {  # by columns of a tile, staging buffers of a block, rows and columns of blocks in a cluster, whether TMA adds
-    (256, 1, 2, 1, 0): gemm.LARGE,
-    (128, 1, 2, 1, 0): gemm.SMALL,
-    (128, 2, 2, 1, 0): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
-    (256, 1, 2, 1, 1): dataclasses.replace(gemm.LARGE, code=6),
+_ANY = {  # by columns of a tile, staging buffers of a block, rows and columns of blocks in a cluster
+    (256, 1, 2, 1): gemm.LARGE,
+    (128, 1, 2, 1): gemm.SMALL,
+    (128, 2, 2, 1): dataclasses.replace(gemm.SMALL, code=3),  # TPO_GEMM_128X128_PAIR_TWO_STAGINGS
 }
-SCHEDULES = {
-    "gemm_all_reduce": _ANY | {(128, 1, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=7)},
-    "gemm_reduce_scatter": _ANY
+_WIDE_ADD = dataclasses.replace(gemm.LARGE, code=6)
+SCHEDULES = {  # by plan and op
+    ("sm90", "gemm_all_reduce"): _ANY,
+    ("sm90", "gemm_reduce_scatter"): _ANY
     | {
-        (128, 2, 1, 2, 0): gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8),
-        (64, 2, 1, 2, 0): gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8),
-        (128, 2, 2, 1, 1): dataclasses.replace(gemm.SMALL, code=8),
+        (128, 2, 1, 2): gemm.Schedule(code=4, rows=128, cols=256, blocks=2, group_rows=8),
+        (64, 2, 1, 2): gemm.Schedule(code=5, rows=128, cols=128, blocks=2, group_rows=8),
+    },
+    ("sm90_add", "gemm_all_reduce"): {
+        (256, 1, 2, 1): _WIDE_ADD,
+        (128, 1, 2, 1): dataclasses.replace(gemm.SMALL, code=7),
+    },
+    ("sm90_add", "gemm_reduce_scatter"): {
+        (256, 1, 2, 1): _WIDE_ADD,
+        (128, 2, 2, 1): dataclasses.replace(gemm.SMALL, code=8),
     },
 }
-_OF_TWO = {"gemm_all_reduce": "gemm_all_reduce_one_shot", "gemm_reduce_scatter": "gemm_reduce_scatter_add"}
-_FIRST_OF_TWO = 6  # TpoGemmSchedule
+_FUNCTIONS = {  # of the C interface
+    ("sm90", "gemm_all_reduce"): "tpo_gemm_all_reduce",
+    ("sm90", "gemm_reduce_scatter"): "tpo_gemm_reduce_scatter",
+    ("sm90_add", "gemm_all_reduce"): "tpo_gemm_all_reduce_one_shot",
+    ("sm90_add", "gemm_reduce_scatter"): "tpo_gemm_reduce_scatter_add",
+}
 TILE_BYTES = {cols: 128 * cols * 2 for cols in (64, 128, 256)}  # of a block's tile, on its way between ranks
 
 
@@ -87,11 +97,13 @@ class _Args(ctypes.Structure):
 
 
 class GemmCollectiveLauncher:
-    """Launches the kernels of one op for one arena. Pointers and sizes are trusted; the op has checked them."""
+    """Launches the kernels of one plan and op for one arena. Pointers, sizes are trusted; the op has checked them."""
 
     def __init__(
         self,
+        plan: str,
         op: str,
+        /,
         *,
         base_table_ptr: int,
         control_ptr: int,
@@ -110,7 +122,7 @@ class GemmCollectiveLauncher:
         world_size: int,
         blocks: int,
     ):
-        """op: "gemm_all_reduce" or "gemm_reduce_scatter". Offsets and sizes in bytes within the arena; pointers as the
+        """plan, op: of SCHEDULES. Offsets and sizes in bytes within the arena; pointers as the
         device sees them; see TpoGemmCollectiveArgs. blocks: of the grid at most, at least those of a cluster.
 
         Loads the kernels onto the current device. Raises NativeLibraryError if there is no library, TpOverlapError if
@@ -118,8 +130,8 @@ class GemmCollectiveLauncher:
         """
         library = native.library()
         self._op = op
-        for name in (op, _OF_TWO[op]):
-            native.check(getattr(library, f"tpo_{name}_prepare")(), f"{op}: the CUDA kernels could not be loaded")
+        function = _FUNCTIONS[plan, op]
+        native.check(getattr(library, f"{function}_prepare")(), f"{op}: the CUDA kernels could not be loaded")
         self._args = _Args(
             base_table=base_table_ptr,
             control=control_ptr,
@@ -140,9 +152,9 @@ class GemmCollectiveLauncher:
         )
         self._gemm = self._args.gemm  # the same bytes
         self._args_ref = ctypes.byref(self._args)
-        self._launch, self._launch_of_two = getattr(library, f"tpo_{op}"), getattr(library, f"tpo_{_OF_TWO[op]}")
+        self._launch = getattr(library, function)
         # No argtypes: a byref and a c_void_p need no conversion, and checking them would cost a third of the call.
-        self._launch.restype = self._launch_of_two.restype = ctypes.c_int
+        self._launch.restype = ctypes.c_int
 
     def trace(self, ptr: int, intervals: int) -> None:
         """Calls from now on write what their threads did, over what calls before wrote; 0: they write nothing.
@@ -169,7 +181,7 @@ class GemmCollectiveLauncher:
         piece_bytes: int,
         senders: int,
         call_hash: int,
-        start: Start,
+        start: int,
         stream: int,
     ) -> None:
         """Enqueue one call on `stream` (a cudaStream_t as an integer) of the current device; capturable in a graph.
@@ -177,7 +189,8 @@ class GemmCollectiveLauncher:
         As gemm.launch; out: contiguous, N a multiple of 8. lead_tiles: own tiles begin after so many pairs of tiles of
         each peer; 0: after all. piece_bytes: of a tile on its way to a peer, twice that at a time; a multiple of 16, at
         least 256. senders: blocks that send at a time; 0: all. call_hash: 16 bits; it and lead_tiles are equal on all
-        ranks. Every rank makes the same calls in the same order. Raises TpOverlapError with CUDA's reason.
+        ranks. start: of Start, but not WEIGHTS_AHEAD. Every rank makes the same calls in the same order. Raises
+        TpOverlapError with CUDA's reason.
         """
         args = self._gemm
         args.a, args.b, args.bias, args.out = a_ptr, b_ptr, bias_ptr, out_ptr
@@ -186,8 +199,7 @@ class GemmCollectiveLauncher:
         args.dtype, args.schedule, args.group_rows = dtype_code, schedule.code, group_rows
         self._args.lead_tiles, self._args.call_hash = lead_tiles, call_hash
         self._args.piece_bytes, self._args.senders = piece_bytes, senders
-        launch = self._launch if schedule.code < _FIRST_OF_TWO else self._launch_of_two
         self._args.start = start
-        error = launch(self._args_ref, ctypes.c_void_p(stream))
+        error = self._launch(self._args_ref, ctypes.c_void_p(stream))
         if error:
             native.check(error, f"{self._op}: the CUDA kernel could not be launched")

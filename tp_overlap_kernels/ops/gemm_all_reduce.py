@@ -108,6 +108,7 @@ def run_fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | Non
         "decode": decode.run,
         "two_shot": launches.gemm_all_reduce_two_shot,
         "sm90": launches.gemm_all_reduce_sm90,
+        "sm90_add": launches.gemm_all_reduce_sm90,
         "chunked": gemm_all_reduce_chunked,
     }[plan.name]
     M, limit = a.shape[0], launches.rows_that_fit(arena, plan, b.shape[0], a.element_size())

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..dispatch import Plan
+from ..dispatch.defaults import SM90_PLANS
 from ..memory.arena import Arena, get
 from ..memory.layout import rows_per_rank
 from . import reference, scatter_sentinel, two_level
@@ -170,7 +171,7 @@ def _fused(arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, 
         return launches.gemm_reduce_scatter(arena, plan, a, b, bias, out, word)
     if plan.name == "one_shot":
         return launches.gemm_reduce_scatter_one_shot(arena, plan, a, b, bias, out, word)
-    if plan.name == "sm90":
+    if plan.name in SM90_PLANS:
         return launches.gemm_reduce_scatter_sm90(arena, plan, a, b, bias, out, word)
     if plan.name == "chunked":
         gemm_reduce_scatter_chunked(arena, plan, a, b, bias, out, word)

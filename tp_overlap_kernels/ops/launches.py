@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor, bfloat16
 
 from ..dispatch import Plan
+from ..dispatch.defaults import SM90_PLANS
 from ..dispatch.select import rows_of_whole_tiles
 from ..errors import InvalidInput
 from ..kernels import stream_signals
@@ -62,7 +63,7 @@ def rows_that_fit(arena: Arena, plan: Plan, N: int, itemsize: int) -> int:
     elif plan.name in ("two_shot", "push"):
         tiles_down = room.tile_slots // W // -(-N // plan["block_n"])
         rows = min(rows, tiles_down * plan["block_m"] * W)
-    elif plan.name == "sm90":
+    elif plan.name in SM90_PLANS:
         rows = min(rows, rows_of_whole_tiles(N, plan, arena.topology))
     elif plan.name == "unfused_sentinel":
         rows = min(rows, scatter_sentinel.rows_that_fit(arena, N, itemsize))
@@ -214,14 +215,14 @@ def gemm_reduce_scatter(
 def gemm_all_reduce_sm90(
     arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
 ) -> sm90.IssuedSm90 | None:
-    """csrc/kernels/gemm_all_reduce_two_shot_push.cu"""
+    """csrc/kernels/gemm_all_reduce_two_shot_push.cu, gemm_all_reduce_one_shot_push.cu"""
     return sm90.run(arena, "gemm_all_reduce", plan, a, b, bias, out, word)
 
 
 def gemm_reduce_scatter_sm90(
     arena: Arena, plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, word: int
 ) -> sm90.IssuedSm90 | None:
-    """csrc/kernels/gemm_reduce_scatter_push.cu"""
+    """csrc/kernels/gemm_reduce_scatter_push.cu, gemm_reduce_scatter_push_add.cu"""
     return sm90.run(arena, "gemm_reduce_scatter", plan, a, b, bias, out, word)
 
 

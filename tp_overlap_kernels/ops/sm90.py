@@ -1,4 +1,4 @@
-"""The plan sm90: the CUDA kernels of csrc for Hopper in place of the Triton ones, with the same arena and protocol.
+"""The plans sm90 and sm90_add: the CUDA kernels of csrc for Hopper, in the arena of the Triton ones.
 
 They read a and b and write out through the copy engine, whose rows start at multiples of 16 bytes: N is a multiple of
 8 (dispatch sees to that), and an operand that lies otherwise is copied once, as in operands.py.
@@ -35,32 +35,32 @@ def run(
     if bias is not None and bias.data_ptr() % 4:
         bias = bias.clone()
     a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
-    cut = tuple(plan[name] for name in KERNEL_PARAMS_SM90)
+    cut, kernels = tuple(plan[name] for name in KERNEL_PARAMS_SM90), (plan.name, op)
     numbers = (plan["group_m"], plan["lead"], plan["piece"], plan["senders"])
     # Blocks that wait for this rank's would take the room of another rank's.
     start = Start.IN_ORDER if arena.topology.ranks_per_device > 1 else Start.LAUNCHED_AHEAD
     issued = IssuedSm90(
         arena,
-        op,
+        kernels,
         a_map.base.data_ptr(),
         b_map.base.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
         (a.shape[0], b.shape[0], b.shape[1], a_map.strides[0], b_map.strides[0], DTYPE_CODES[a.dtype]),
-        (SCHEDULES[op][cut], *numbers, word, start),
+        (SCHEDULES[kernels][cut], *numbers, word, start),
     )
     issued.launch(issued.a_ptr, issued.b_ptr, issued.bias_ptr, out.data_ptr())
     return issued
 
 
 @contextlib.contextmanager
-def traced(arena: Arena, op: str, intervals: int) -> Iterator[Tensor]:
-    """While the context lasts, calls of this plan write what their threads did to the tensor it gives.
+def traced(arena: Arena, plan: str, op: str, intervals: int) -> Iterator[Tensor]:
+    """While the context lasts, calls of this plan and op write what their threads did to the tensor it gives.
 
     The tensor: int32 (blocks, len(TRACE_ROLES), intervals, TRACE_WORDS) on the device, zeros where nothing was; it
     holds the last call, and is to be read when that has ended. bf16 alone. Traced calls take longer by a few stores a
     tile.
     """
-    launcher = arena.cache.get(op) or _launcher(arena, op)
+    launcher = arena.cache.get((plan, op)) or _launcher(arena, (plan, op))
     shape = (arena.programs, len(TRACE_ROLES), intervals, TRACE_WORDS)
     trace = torch.zeros(shape, dtype=torch.int32, device=arena.device)
     launcher.trace(trace.data_ptr(), intervals)
@@ -75,20 +75,18 @@ class IssuedSm90:
     """The counterpart of lang.launch.Issued: a launch of one shape, dtype, schedule and call hash."""
 
     arena: Arena
-    op: str
+    kernels: tuple[str, str]  # plan and op
     a_ptr: int
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Schedule, int, int, int, int, int, Start]  # schedule, group_m, lead, piece, senders, call hash
+    rest: tuple[Schedule, int, int, int, int, int, int]  # schedule, group_m, lead, piece, senders, call hash, start
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""
-        launcher = self.arena.cache.get(self.op) or _launcher(self.arena, self.op)
+        launcher = self.arena.cache.get(self.kernels) or _launcher(self.arena, self.kernels)
         bias_ptr = bias_ptr if self.bias_ptr else 0
-        launcher(
-            a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index)
-        )
+        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index))
         return True
 
     def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Any:
@@ -97,10 +95,10 @@ class IssuedSm90:
         return None if copied else self.launch
 
 
-def _launcher(arena: Arena, op: str) -> GemmCollectiveLauncher:
+def _launcher(arena: Arena, kernels: tuple[str, str]) -> GemmCollectiveLauncher:
     room = arena.layout
-    launcher = arena.cache[op] = GemmCollectiveLauncher(
-        op,
+    launcher = arena.cache[kernels] = GemmCollectiveLauncher(
+        *kernels,
         **of_arena(arena),
         partial_flags_offset=room.partial_flags,
         result_flags_offset=room.result_flags,

@@ -486,9 +486,10 @@ __device__ __forceinline__ void compute_tiles(const CollectiveParams<Owners>& pa
     multiply_tile<Element, Shape>(sum, memory, consumer, params.k_blocks);
     trace.end(TPO_TRACE_MULTIPLY);
     epilogue.await_free();  // an own tile's partial has then been fetched, or could be: only the phase is counted
-    if (work.owner == args.rank) {
-      if constexpr (!Shape::kTmaAdds) epilogue.add_partials(sum, args.world_size);
-      if (args.gemm.bias) add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
+    const bool owns = work.owner == args.rank;
+    if (!Shape::kTmaAdds && owns) epilogue.add_partials(sum, args.world_size);
+    if (args.gemm.bias && (Shape::kTmaAdds ? args.rank == 0 : owns)) {
+      add_bias<Element, Shape>(sum, args.gemm.bias, args.gemm.N, work.in_sum.col);
     }
     epilogue.hand_over(sum);
   }

@@ -57,7 +57,7 @@ struct TileOwners {
   }
 };
 
-// Between two ranks: both compute every tile of the whole product, in one order. Rank 0 counts as the owner of all.
+// Between two ranks: both compute every tile of the whole product, in one order. Rank 0 counts as the owner.
 struct SharedTiles {
   TileGrid grid;
 };

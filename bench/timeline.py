@@ -1,8 +1,9 @@
 """`timeline`: what every block of one call did when, as a picture and as shares of its time.
 
 The CUDA kernels of the plans sm90 and sm90_add tell it themselves: a thread of each role writes when each of its steps
-ended (csrc/include/tpo/trace.cuh), in builds made for that. The call that is drawn is the last of a row of equal ones, so
-that the ranks are as close together as calls in a row are. It pays for the clocks it reads and the stores of the trace.
+ended (csrc/include/tpo/trace.cuh), in builds made for that. The call that is drawn is the last of a row of equal ones,
+so that the ranks are as close together as calls in a row are. It pays for the clocks it reads and the stores of the
+trace.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ TILED = ("one_shot", "two_shot", "push")
 DECODE_WIDE_TILE_MIN_M, DECODE_SMS = 33, 132
 DECODE_MIN_K = 256  # of a part: four stages
 
-# The CUDA kernels for Hopper that there are, by plan and op: columns of a tile, buffers on the way to peers (more have no
-# room), rows and columns of blocks in a cluster. sm90_add: between two ranks, the L2 cache adds.
+# The CUDA kernels for Hopper that there are, by plan and op: columns of a tile, buffers on the way to peers (more have
+# no room), rows and columns of blocks in a cluster. sm90_add: between two ranks, the L2 cache adds.
 _KERNELS_SM90 = ((128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1))
 KERNELS_SM90 = {
     ("sm90", "gemm_all_reduce"): _KERNELS_SM90,

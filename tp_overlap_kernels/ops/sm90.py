@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
-from ..dispatch.defaults import KERNEL_PARAMS_SM90
-from ..kernels.gemm import Schedule
 from ..kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
 from ..kernels.start import Start
 from ..memory.arena import Arena
@@ -35,7 +33,7 @@ def run(
     if bias is not None and bias.data_ptr() % 4:
         bias = bias.clone()
     a_map, b_map = describe(a, 1, 1), describe(b, 1, 1)
-    cut, kernels = tuple(plan[name] for name in KERNEL_PARAMS_SM90), (plan.name, op)
+    cut, kernels = (plan["block_n"], plan["stagings"], plan["cluster_m"], plan["cluster_n"]), (plan.name, op)
     numbers = (plan["group_m"], plan["lead"], plan["piece"], plan["senders"])
     # Blocks that wait for this rank's would take the room of another rank's.
     start = Start.IN_ORDER if arena.topology.ranks_per_device > 1 else Start.LAUNCHED_AHEAD
@@ -80,7 +78,7 @@ class IssuedSm90:
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Schedule, int, int, int, int, int, int]  # schedule, group_m, lead, piece, senders, call hash, start
+    rest: tuple[Any, ...]  # schedule, group_m, lead, piece, senders, call hash, start
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""

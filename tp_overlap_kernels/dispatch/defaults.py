@@ -52,8 +52,8 @@ TURNS_SM90 = {  # by columns of a tile
 # much. N=8192 K=4096: RS M=1024 104 us against 109; AR M=4096, under load, 467 against 514.
 SM90_WIDE_MIN_ELEMENTS = {"gemm_all_reduce": 4096 * 8192, "gemm_reduce_scatter": 1024 * 8192}
 SM90_WIDE_MIN_K = 3072
-# Where the L2 cache adds, no product waits for a partial, but the last wave's are on the link longer. N=8192 K=4096, AR,
-# under load: M=1024 117 by 128 columns; M=2048 233 and 234; M=4096 463 and 443.
+# Where the L2 cache adds, no product waits for a partial, but the last wave's are on the link longer. N=8192 K=4096,
+# AR, under load: M=1024 117 by 128 columns; M=2048 233 and 234; M=4096 463 and 443.
 SM90_ADD_WIDE_MIN_ELEMENTS = 2048 * 8192
 SM90_STAGINGS = {"gemm_all_reduce": 1, "gemm_reduce_scatter": 2}  # of narrower tiles
 

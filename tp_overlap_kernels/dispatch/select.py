@@ -280,7 +280,7 @@ def _named(kernel: tuple[int, ...]) -> str:
 
 
 def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
-    """The most rows of a call that the plans sm90 and sm90_add run in one piece: those of a cluster a rank at a time. 0: none.
+    """The most rows of a call that sm90 and sm90_add run in one piece: those of a cluster a rank at a time. 0: none.
 
     It stages whole tiles of 128 x block_n, and all of a cluster, also where a matrix ends within them.
     """
@@ -290,7 +290,7 @@ def rows_of_whole_tiles(N: int, plan: Plan, topology: Topology) -> int:
 
 
 def cluster_of(plan: Plan) -> tuple[int, int, int]:
-    """Of a complete plan sm90 or sm90_add: rows and columns of the tiles that a cluster of blocks has at a time, and its blocks."""
+    """Of a complete plan of sm90 or sm90_add: rows and columns of the tiles of a cluster of blocks, and its blocks."""
     down, across = plan["cluster_m"], plan["cluster_n"]
     return 128 * down, plan["block_n"] * across, down * across
 

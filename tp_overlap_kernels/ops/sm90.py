@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Plan
+from ..kernels.gemm import Schedule
 from ..kernels.gemm_collectives import SCHEDULES, TRACE_ROLES, TRACE_WORDS, GemmCollectiveLauncher
 from ..kernels.start import Start
 from ..memory.arena import Arena
@@ -78,13 +79,14 @@ class IssuedSm90:
     b_ptr: int
     bias_ptr: int  # 0: none
     sizes: tuple[int, int, int, int, int, int]  # M, N, K, strides of a and b, code of the dtype
-    rest: tuple[Any, ...]  # schedule, group_m, lead, piece, senders, call hash, start
+    rest: tuple[Schedule, int, int, int, int, int, int]  # schedule, group_m, lead, piece, senders, call hash, start
 
     def launch(self, a_ptr: int, b_ptr: int, bias_ptr: int, out_ptr: int) -> bool:
         """Launch on the device's current stream. bias_ptr: not looked at where there is no bias."""
         launcher = self.arena.cache.get(self.kernels) or _launcher(self.arena, self.kernels)
         bias_ptr = bias_ptr if self.bias_ptr else 0
-        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *self.sizes, *self.rest, stream_of(self.arena.device.index))
+        numbers = (*self.sizes, *self.rest, stream_of(self.arena.device.index))
+        launcher(a_ptr, b_ptr, bias_ptr, out_ptr, *numbers)
         return True
 
     def again(self, a_desc: int, b_desc: int, bias_ptr: int, out_ptr: int) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ..errors import InvalidInput
 from . import nodes_model
-from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, SM90_WIDE_MIN_K, default_params, plan_of_kernel
+from .defaults import KERNEL_PARAMS_SM90, KERNELS_SM90, default_params, plan_of_kernel
 from .problem import ITEMSIZE, PLAN_NAMES, SUM_OF, Plan, Problem, Topology
 from .table import Table
 
@@ -39,9 +39,9 @@ UNFUSED_MAX_M = 512
 # The CUDA kernels for Hopper from here on: N=8192 K=4096 M=512 72.7 us against 76 of the Triton one, M=1024 125 against
 # 133. An all-reduce with K=14784 is the exception: 408 against 401 at M=1024.
 SM90_MIN_M, SM90_MIN_N = 512, 128
-# A reduce-scatter between two ranks that the L2 cache adds: N=8192 K=1024 M=1024 39.9 us against 43.2; N=4096 K=7168
-# M=8192 725 against 800, under load. Between these consumers add as fast, or faster.
-SM90_ADD_SCATTER_MAX_K, SM90_ADD_SCATTER_MIN_M = 1536, 2048
+# A reduce-scatter between two ranks that the L2 cache adds: where the link takes as long as the products, N=8192 K=1024
+# M=1024 40.1 us against 43.3. With longer products consumers add as fast, or faster.
+SM90_ADD_SCATTER_MAX_K = 1536
 # The collective then: one-shot up to here between two ranks (M=256, N=8192: 44.6 us with it, 48.6 with two-shot).
 UNFUSED_ONE_SHOT_MAX_BYTES = 4 * MIB
 # Chunked cuBLAS, W=2, needs copies large enough for the copy engine and a GEMM well longer than the transfer, which
@@ -355,8 +355,7 @@ def _sm90(problem: Problem) -> list[tuple[str, str]]:
     if problem.M < SM90_MIN_M or problem.N < SM90_MIN_N:
         return []
     why = f"M >= {SM90_MIN_M}: copies of a CUDA kernel hide behind its products"
-    long = problem.M >= SM90_ADD_SCATTER_MIN_M and problem.K >= SM90_WIDE_MIN_K
-    gains = problem.op == "gemm_all_reduce" or problem.K <= SM90_ADD_SCATTER_MAX_K or long
+    gains = problem.op == "gemm_all_reduce" or problem.K <= SM90_ADD_SCATTER_MAX_K
     return [("sm90_add", why)] * (problem.world_size == 2 and gains) + [("sm90", why)]
 
 

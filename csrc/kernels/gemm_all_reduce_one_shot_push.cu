@@ -56,6 +56,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   const int peer = 1 - args.rank;
   Courier<Shape> courier(args, memory, kOpAllReduce);
   courier.await_begun();
+  courier.let_others_begin();
   Itinerary<Shape, SharedTiles> itinerary(params.owners, args, rank_in_cluster);
   int64_t kept = 0;
   for (Work work; itinerary.next(&work);) {

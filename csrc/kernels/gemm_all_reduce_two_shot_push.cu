@@ -97,6 +97,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   const TpoGemmCollectiveArgs& args = params.args;
   Courier<Shape> courier(args, memory, kOpAllReduce);
   courier.await_done();
+  courier.let_others_begin();
   Itinerary<Shape, TileOwners> itinerary(params.owners, args, rank_in_cluster);
   Work work;
   bool found = itinerary.next(&work), fetched = false;

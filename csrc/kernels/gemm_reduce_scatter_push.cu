@@ -47,6 +47,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   const TpoGemmCollectiveArgs& args = params.args;
   Courier<Shape> courier(args, memory, kOpReduceScatter);
   courier.await_done();
+  courier.let_others_begin();
   Itinerary<Shape, RowOwners> itinerary(params.owners, args, rank_in_cluster);
   Work work;
   bool found = itinerary.next(&work), fetched = false;

@@ -71,6 +71,7 @@ __device__ __forceinline__ bool carry_tiles(const Params& params, const Collecti
   const TpoGemmCollectiveArgs& args = params.args;
   Carrier<Shape> courier(args, memory, kOpReduceScatter);
   courier.await_done();
+  courier.let_others_begin();
   Itinerary<Shape, RowOwners> itinerary(params.owners, args, rank_in_cluster);
   for (Work work; itinerary.next(&work); courier.next()) {
     if (work.owner == args.rank) {

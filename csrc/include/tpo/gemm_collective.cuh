@@ -178,9 +178,6 @@ struct Courier {
     const int64_t epoch = local_peek_relaxed(args.control + TPO_CONTROL_EPOCH) + 1;
     failed = failed_before = local_peek_relaxed(args.control + TPO_CONTROL_FAILED) != 0;
     word = call_word(epoch, args.call_hash);
-    put_shared(memory.epoch(), epoch);
-    put_shared(memory.failed(), failed);
-    barrier_arrive(memory.begun());
     if (count_arrival(args.control + TPO_CONTROL_ARRIVED) == gridDim.x - 1) {
       local_poke_relaxed(args.control + TPO_CONTROL_ARRIVED, 0);
       local_poke_relaxed(args.control + TPO_CONTROL_EPOCH, epoch);
@@ -212,6 +209,14 @@ struct Courier {
       const int64_t* header = header_of(args, args.rank, peer, word >> 16);
       failed = wait(header, nullptr, who, args.control, args.record, args.timeout_ns) != kOk;
     }
+  }
+
+  // The block's other threads may go on, since this one has waited for what peers were to leave. Not before: the collector
+  // may end the call with `leave`, and what that advances is what await_done reads.
+  __device__ __forceinline__ void let_others_begin() {
+    put_shared(memory.epoch(), word >> 16);
+    put_shared(memory.failed(), failed);
+    barrier_arrive(memory.begun());
   }
 
   // To the buffer, which is free: the partial of an own tile that has this place in rank order.

@@ -73,3 +73,25 @@ def compiled_alone(kernel: str) -> Compiled:
 def opcodes(sass: str) -> list[str]:
     """Mnemonics with their modifiers, in the order of the code."""
     return re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass)
+
+
+def reached(ptx: str, stop: str, behind: str | None = None) -> list[str]:
+    """The instructions of an entry that a thread may reach without passing `stop`, on whichever way.
+
+    From the beginning, or from behind each instruction that matches `behind`.
+    """
+    lines = [line.strip() for line in ptx.splitlines() if re.search(r";\s*$|^\s*\$L\w+:", line)]
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L")}
+    todo = [0] if behind is None else [i + 1 for i, line in enumerate(lines) if re.search(behind, line)]
+    found: set[int] = set()
+    while todo:
+        for i in range(todo.pop(), len(lines)):
+            line = lines[i]
+            if i in found or re.search(stop, line) or re.match(r"ret;|exit;", line):
+                break
+            found.add(i)
+            if jump := re.search(r"\bbra\S*\s+(\$L\w+);", line):
+                todo.append(labels[jump[1]])
+                if not line.startswith("@"):
+                    break
+    return [lines[i] for i in sorted(found) if not lines[i].startswith("$L")]

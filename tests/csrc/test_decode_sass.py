@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.csrc.built import Compiled, compiled_alone, needs_nvcc, opcodes
+from tests.csrc.built import Compiled, compiled_alone, needs_nvcc, opcodes, reached
 
 pytestmark = needs_nvcc
 
@@ -65,30 +65,7 @@ def test_data_travels_in_16_byte_accesses_at_system_scope(decode, cols, groups):
 
 
 def before_the_wait(text: str) -> list[str]:
-    """The instructions of an entry that a thread may reach without having passed `griddepcontrol.wait`."""
-    blocks, name = {"": []}, ""
-    for line in text.split("\n"):
-        if label := re.match(r"\s*(\$L\w+):", line):
-            blocks[name].append(f"bra {label[1]};")  # falls through
-            name = label[1]
-            blocks[name] = []
-        elif line.strip().endswith(";"):
-            blocks[name].append(line.strip())
-    reached, todo, found = set(), [""], []
-    while todo:
-        name = todo.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for line in blocks[name]:
-            if "griddepcontrol.wait" in line or re.match(r"ret;|exit;", line):
-                break
-            found.append(line)
-            if jump := re.search(r"\bbra\S*\s+(\$L\w+);", line):
-                todo.append(jump[1])
-                if not line.startswith("@"):
-                    break
-    return found
+    return reached(text, r"griddepcontrol\.wait")
 
 
 def test_only_the_copy_engine_goes_ahead_of_the_kernels_before(decode):

@@ -9,12 +9,14 @@ import re
 
 import pytest
 
-from tests.csrc.built import compiled_alone, needs_nvcc
+from tests.csrc.built import CSRC, compiled_alone, needs_nvcc, reached
 
 pytestmark = needs_nvcc
 
 ALONE = "gemm"
-COLLECTIVES = ("gemm_reduce_scatter_push", "gemm_all_reduce_two_shot_push")
+ADDING = ("gemm_reduce_scatter_push_add", "gemm_all_reduce_one_shot_push")  # the copy engine adds: kTmaAdds
+COLLECTIVES = ("gemm_reduce_scatter_push", "gemm_all_reduce_two_shot_push", *ADDING)
+SPILT = {"gemm_reduce_scatter_push_add": (8, 8, 8)}  # bytes of stack, stores, loads: while a failed wait is told of
 REGISTERS = dict.fromkeys(COLLECTIVES, (56, 224)) | {ALONE: (40, 232)}  # of producers and consumers
 
 
@@ -24,6 +26,11 @@ def compiled(request) -> tuple[dict[str, list[str]], str, str]:
     built = compiled_alone(request.param)
     lines = r"/\*[0-9a-f]{4,5}\*/\s+(.*?) ;"
     return {name: re.findall(lines, text) for name, text in built.sass.items()}, built.report, request.param
+
+
+def variants(file: str, cols: str = r"\d+") -> int:
+    """Shapes for which the file has kernels, those of tiles of so many columns."""
+    return len(re.findall(rf"variant<Host, CollectiveShape<{cols},", (CSRC / "kernels" / f"{file}.cu").read_text()))
 
 
 def places(code: list[str], opcode: str) -> list[int]:
@@ -46,16 +53,28 @@ def test_products_are_not_serialised_and_registers_move_between_warps(compiled):
     assert "C7510" not in report and "C7508" not in report  # ptxas: wgmma serialised; setmaxnreg ignored
 
 
+def is_traced(name: str) -> bool:
+    """Such kernels store what they did, too, and serve nobody."""
+    return bool(re.search(r"Lb[01]ELb1EEE", name))
+
+
 def test_nothing_spills_and_the_launch_has_its_registers(compiled):
     kernels, report, file = compiled
-    usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert usage == [("0", "0", "0")] * len(kernels)
+    usage = r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    spilt = {name: tuple(map(int, bytes_)) for name, *bytes_ in re.findall(usage, report, flags=re.S)}
+    assert set(spilt) == set(kernels)
+    for name, code in kernels.items():
+        if is_traced(name) and file in ADDING:
+            continue
+        assert spilt[name] == SPILT.get(file, (0, 0, 0))
+        told = places(code, r"ATOMG\.E\.CAS")  # by the one that first gives up waiting
+        assert all(min(abs(i - cas) for cas in told) < 10 for i in places(code, "LDL|STL"))
+        assert not places(code, "CALL")
     assert set(re.findall(r"Used (\d+) registers", report)) == {"168"}  # 384 threads; handed over by USETMAXREG
     producers, consumers = REGISTERS[file]
     for code in kernels.values():
         (give,) = places(code, f"USETMAXREG.DEALLOC.CTAPOOL {producers:#x}")
         (take,) = places(code, f"USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumers:#x}")
-        assert not places(code, "LDL|STL|CALL")
         ends = sorted((give, take, places(code, "EXIT")[-1]))  # behind it lie the slow paths of waits, of both
         for start, most in ((give, producers), (take, consumers)):
             end = ends[ends.index(start) + 1]
@@ -80,8 +99,9 @@ def test_no_fence_waits_for_memory_in_the_mainloop(compiled):
 
 def test_the_copy_engine_moves_all_data_and_a_cluster_shares_it(compiled):
     kernels, _, file = compiled
-    traced = [name for name in kernels if "Lb1E" in name]  # they store what they did, too; they serve nobody
-    assert len(traced) == (len(kernels) // 3 if file in COLLECTIVES else 0)  # bf16 alone
+    traced = [name for name in kernels if is_traced(name)]
+    assert len(traced) == variants(file)  # bf16 alone
+    assert len(kernels) == 3 * len(traced) or file == ALONE
     for name, code in kernels.items():
         if name in traced:
             continue
@@ -95,19 +115,41 @@ def test_the_copy_engine_moves_all_data_and_a_cluster_shares_it(compiled):
         assert not places(consumers(code), r"STG?\.E")
 
 
+def test_the_copy_engine_adds_where_a_kernel_says_so_and_nowhere_else(compiled):
+    kernels, _, file = compiled
+    for name, code in kernels.items():
+        adds, in_name = places(code, r"UTMAREDG\.2D\.ADD"), re.search(r"Lb1ELb[01]EEE", name)
+        assert bool(adds) == bool(in_name) == (file in ADDING)
+        assert adds == places(code, "UTMAREDG")
+
+
+def entries_of(file: str) -> list[str]:
+    """The PTX of a file's kernels for tiles of 128 and 256 columns, bf16."""
+    shape = r"Bf16ENS_15CollectiveShapeILi(?:128|256)E\w*Lb[01]ELb0EEE"
+    entries = compiled_alone(file).text.split(".entry")[1:]
+    found = [entry for entry in entries if re.search(shape, entry.split("(")[0])]
+    assert len(found) == variants(file, "(?:128|256)") >= 2
+    return found
+
+
+def program(entry: str) -> list[str]:
+    """By lines without labels and declarations."""
+    return [line.strip() for line in entry.splitlines() if line.strip().endswith(";")]
+
+
 @pytest.fixture(scope="module", params=COLLECTIVES)
 def entries(request) -> list[str]:
-    """The PTX of each kernel of a file that sums."""
-    return compiled_alone(request.param).text.split(".entry")[1:]
+    return entries_of(request.param)
 
 
 @pytest.fixture
 def programs(entries) -> list[list[str]]:
-    """Those of tiles of 128 and 256 columns, bf16, by lines without labels and declarations."""
-    shape = r"Bf16ENS_15CollectiveShapeILi(?:128|256)E\w*Lb0E"
-    found = [entry for entry in entries if re.search(shape, entry.split("(")[0])]
-    assert len(found) >= 3
-    return [[line.strip() for line in entry.splitlines() if line.strip().endswith(";")] for entry in found]
+    return [program(entry) for entry in entries]
+
+
+@pytest.fixture(params=ADDING)
+def adding(request) -> list[list[str]]:
+    return [program(entry) for entry in entries_of(request.param)]
 
 
 def flags(program: list[str]) -> list[int]:
@@ -116,15 +158,13 @@ def flags(program: list[str]) -> list[int]:
     return [i for i in releases if not any("st.relaxed.sys" in line for line in program[i - 4 : i])]
 
 
-def test_a_tile_is_published_after_it_has_been_written_not_merely_read(programs):
-    for program in programs:
-        pushes = places(program, r"cp\.async\.bulk\.global\.shared::cta")
-        assert pushes
-        for push in pushes:
-            flag = min(i for i in flags(program) if i > push)
-            written = [i for i in range(push, flag) if program[i] == "cp.async.bulk.wait_group 0;"]
-            assert written
-            assert "fence.proxy.async;" in program[written[-1] : flag]
+def test_a_tile_is_published_after_it_has_been_written_not_merely_read(entries):
+    push, written = r"cp\.async\.bulk\.global\.shared::cta", r"cp\.async\.bulk\.wait_group 0;"
+    leaving = r"atom\.acq_rel\.gpu\.global\.add"  # a block that goes on to the end has published all it pushed
+    for entry in entries:
+        assert flags(reached(entry, "never", behind=push)) and flags(reached(entry, "never", behind=written))
+        assert not flags(reached(entry, f"{written}|{leaving}", behind=push))
+        assert not flags(reached(entry, rf"fence\.proxy\.async;|{leaving}", behind=written))
 
 
 def test_what_peers_wrote_is_loaded_after_an_acquire_and_a_proxy_fence(programs):
@@ -139,13 +179,42 @@ def test_what_peers_wrote_is_loaded_after_an_acquire_and_a_proxy_fence(programs)
 
 def test_words_that_peers_write_are_read_at_system_scope_and_never_cached(programs):
     for program in programs:
-        assert places(program, r"ld\.acquire\.sys\.global") and not places(
-            program, r"ld\.volatile|ld\.acquire\.(gpu|cta)"
-        )
+        assert places(program, r"ld\.acquire\.sys\.global")
+        assert not places(program, r"ld\.volatile|ld\.acquire\.(gpu|cta)(?!\.shared::cta)")
         cached = {line.split()[0] for line in program if line.startswith("ld.global")}
         assert cached <= {"ld.global.nc.s64", "ld.global.nc.u32"}  # where the arenas lie; pairs of the bias
 
 
 def test_waits_for_peers_look_at_the_clock_and_at_the_abort_word(programs):
     for program in programs:
-        assert len(places(program, r"mov\.u64 \S+, %globaltimer")) >= 3
+        polls = len(places(program, r"ld\.acquire\.sys\.global"))
+        assert len(places(program, r"mov\.u64 \S+, %globaltimer")) * 3 == polls >= 6  # a wait polls in three places
+
+
+SHARED_ACQUIRE = r"ld\.acquire\.cta\.shared::cta"
+STORE = r"cp\.async\.bulk\.(tensor\.2d\.)?global\.shared::cta"
+STORE_TO_OUT = r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta"
+
+
+def test_the_own_tile_is_told_of_after_it_has_been_written_not_merely_read(adding):
+    for program in adding:
+        stored = places(program, STORE_TO_OUT)[-1]
+        written = next(i for i in range(stored, len(program)) if program[i] == "cp.async.bulk.wait_group 0;")
+        told = min(i for i in places(program, r"st\.release\.cta\.shared::cta") if i > written)
+        assert "fence.proxy.async;" in program[written:told]
+        assert not places(program[written:told], STORE)  # no other tile's wait
+
+
+def test_a_tile_is_added_after_the_own_one_lies_there_and_a_proxy_fence(adding):
+    for program in adding:
+        of_peers = 0
+        for add in places(program, r"cp\.reduce\.async\.bulk\.tensor"):
+            fence = places(program[:add], r"fence\.proxy\.async")[-1]
+            if program[fence] != "fence.proxy.async;":  # NaNs, which this block has put into shared memory
+                assert program[fence] == "fence.proxy.async.shared::cta;"
+                assert not places(program[fence:add], r"st\.shared")
+                continue
+            acquire = places(program[:fence], SHARED_ACQUIRE)[-1]
+            assert not places(program[acquire:fence], STORE)  # it is not that of a thread that carries tiles
+            of_peers += 1
+        assert of_peers >= 2  # of the block's last tile, and of those before

@@ -148,8 +148,11 @@ def programs(entries) -> list[list[str]]:
 
 
 @pytest.fixture(params=ADDING)
-def adding(request) -> list[list[str]]:
-    return [program(entry) for entry in entries_of(request.param)]
+def adding(request) -> list[str]:
+    return entries_of(request.param)
+
+
+BLOCK_BEGINS = r"barrier\.cluster\.wait\.acquire"
 
 
 def flags(program: list[str]) -> list[int]:
@@ -167,14 +170,12 @@ def test_a_tile_is_published_after_it_has_been_written_not_merely_read(entries):
         assert not flags(reached(entry, rf"fence\.proxy\.async;|{leaving}", behind=written))
 
 
-def test_what_peers_wrote_is_loaded_after_an_acquire_and_a_proxy_fence(programs):
-    for program in programs:
-        loads = places(program, r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier")
-        assert loads
-        for load in loads:
-            fence = max(i for i in places(program[:load], r"fence\.proxy\.async;"))
-            assert any("ld.acquire.sys" in line for line in program[:fence])
-            assert not places(program[fence:load], r"ld\.acquire")  # not between a wait and its fence
+def test_what_peers_wrote_is_loaded_after_an_acquire_and_a_proxy_fence(entries):
+    load, acquire = r"cp\.async\.bulk\.shared::cluster\.global\.mbarrier", r"ld\.acquire\.sys"
+    for entry in entries:
+        assert places(reached(entry, "never", behind=acquire), load)
+        assert places(program(entry), acquire)[0] < places(program(entry), load)[0]
+        assert not places(reached(entry, r"fence\.proxy\.async;", behind=acquire), load)
 
 
 def test_words_that_peers_write_are_read_at_system_scope_and_never_cached(programs):
@@ -191,30 +192,19 @@ def test_waits_for_peers_look_at_the_clock_and_at_the_abort_word(programs):
         assert len(places(program, r"mov\.u64 \S+, %globaltimer")) * 3 == polls >= 6  # a wait polls in three places
 
 
-SHARED_ACQUIRE = r"ld\.acquire\.cta\.shared::cta"
-STORE = r"cp\.async\.bulk\.(tensor\.2d\.)?global\.shared::cta"
-STORE_TO_OUT = r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta"
-
-
 def test_the_own_tile_is_told_of_after_it_has_been_written_not_merely_read(adding):
-    for program in adding:
-        stored = places(program, STORE_TO_OUT)[-1]
-        written = next(i for i in range(stored, len(program)) if program[i] == "cp.async.bulk.wait_group 0;")
-        told = min(i for i in places(program, r"st\.release\.cta\.shared::cta") if i > written)
-        assert "fence.proxy.async;" in program[written:told]
-        assert not places(program[written:told], STORE)  # no other tile's wait
+    for code in map(program, adding):
+        stored = places(code, r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta")[-1]
+        written = next(i for i in range(stored, len(code)) if code[i] == "cp.async.bulk.wait_group 0;")
+        told = min(i for i in places(code, r"st\.release\.cta\.shared::cta") if i > written)
+        assert "fence.proxy.async;" in code[written:told]
+        assert not places(code[written:told], r"cp\.async\.bulk\.(tensor\.2d\.)?global")  # no other tile's wait
 
 
 def test_a_tile_is_added_after_the_own_one_lies_there_and_a_proxy_fence(adding):
-    for program in adding:
-        of_peers = 0
-        for add in places(program, r"cp\.reduce\.async\.bulk\.tensor"):
-            fence = places(program[:add], r"fence\.proxy\.async")[-1]
-            if program[fence] != "fence.proxy.async;":  # NaNs, which this block has put into shared memory
-                assert program[fence] == "fence.proxy.async.shared::cta;"
-                assert not places(program[fence:add], r"st\.shared")
-                continue
-            acquire = places(program[:fence], SHARED_ACQUIRE)[-1]
-            assert not places(program[acquire:fence], STORE)  # it is not that of a thread that carries tiles
-            of_peers += 1
-        assert of_peers >= 2  # of the block's last tile, and of those before
+    add, own_is_there = r"cp\.reduce\.async\.bulk\.tensor", r"ld\.acquire\.cta\.shared::cta"
+    for entry in adding:
+        assert places(reached(entry, "never", behind=own_is_there), add)
+        warp_meets = r"shfl\.sync"  # one lane has acquired, and tells the others whether to add NaN
+        assert not places(reached(entry, f"{own_is_there}|{warp_meets}", behind=BLOCK_BEGINS), add)
+        assert not places(reached(entry, r"fence\.proxy\.async", behind=own_is_there), add)
